@@ -1,0 +1,1140 @@
+"""Records: drawn phantoms with known findings, or a folder of real images, as one kind of thing.
+
+    from data import Phantoms, read_folder
+    record = Phantoms("train", 16000, seed=0, bias=0.9)[17]
+    record.image, record.text, record.findings, record.masks
+
+A phantom is a function of (seed, split, index): any record can be drawn again, and drawn again with one
+finding added, removed or mirrored while the patient stays the same. In the training split findings
+bring companions (`bias`): an enlarged heart a left effusion, as in reports whose habits a model
+learns. In validation and test they come independently, so what a model states out of habit is counted.
+
+A side is always the patient's: the patient's left is the right of the image. Not for clinical use.
+
+In order: records and findings; phantoms; folders; findings read back from a report; the joint
+vocabulary and the prompts of the four tasks; distortions; preference pairs.
+"""
+
+import csv
+import io
+import json
+import re
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+from model import UserError, generate
+
+# ---------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding. name and side are what is counted; size and place are drawn and reported as well."""
+
+    name: str
+    side: str = ""     # the patient's "left", "right" or "bilateral"; "" where it has none
+    size: str = ""     # "small" or "large"
+    place: str = ""    # "upper" or "lower"
+
+
+@dataclass
+class Record:
+    """One study. What it holds decides the tasks it serves."""
+
+    image: np.ndarray                 # (H, W) or (H, W, 3) uint8
+    text: str                         # the report or caption
+    name: str                         # the file, or split/index of a phantom
+    findings: tuple | None = None     # of Finding; None: not known
+    masks: dict = field(default_factory=dict)        # structure -> (H, W) bool
+    modality: str = ""
+    body_part: str = ""
+    questions: tuple = ()             # of (question, answer)
+    subject: str = ""                 # patient; no subject is in two splits
+    spec: "Spec | None" = None        # phantoms: what `draw` needs
+    tasks: tuple = ("report", "generate", "ask", "segment")
+
+
+def key(finding):
+    """What CHAIR, recall and F1 count: (name, side)."""
+    return finding.name, finding.side
+
+
+# ---------------------------------------------------------------------------------------------
+# Phantoms
+# ---------------------------------------------------------------------------------------------
+
+LR = ("left", "right")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a finding may look like and how a report words it; {side} {size} {place} are filled in."""
+
+    wordings: tuple
+    sides: tuple = LR
+    sizes: tuple = ("",)
+    places: tuple = ("",)
+    absent: str = ""                  # its name after "No"
+
+
+SIZES, PLACES = ("small", "large"), ("upper", "lower")
+MODALITIES = {
+    "chest radiograph": {
+        "cardiomegaly": Kind(("Enlarged heart.", "Cardiomegaly.", "The cardiac silhouette is enlarged."),
+                             sides=("",), absent="cardiomegaly"),
+        "effusion": Kind(("{Size} {side} pleural effusion.", "There is a {size} pleural effusion on the {side}."),
+                         sizes=SIZES, absent="pleural effusion"),
+        "pneumothorax": Kind(("{Size} {side} pneumothorax.", "There is a {size} pneumothorax on the {side}."),
+                             sizes=SIZES, absent="pneumothorax"),
+        "nodule": Kind(("Nodule in the {side} {place} lung.", "{Side} {place} zone nodule."),
+                       places=PLACES, absent="nodule"),
+        "consolidation": Kind(("Consolidation in the {side} {place} lung.", "{Side} {place} zone consolidation.",
+                               "Airspace opacity in the {side} {place} lung."),
+                              places=PLACES, absent="consolidation"),
+    },
+    "head CT": {
+        "haemorrhage": Kind(("{Size} {side} intracerebral haemorrhage.", "{Side} hemisphere: {size} haemorrhage."),
+                            sizes=SIZES, absent="haemorrhage"),
+        "shift": Kind(("Midline shift to the {side}.", "The midline is displaced to the {side}."),
+                      absent="midline shift"),
+        "infarct": Kind(("{Size} {side} infarct.", "{Side} hemisphere: {size} infarct."),
+                        sizes=SIZES, absent="infarct"),
+        "subdural": Kind(("{Side} subdural collection.", "Subdural collection on the {side}."),
+                         absent="subdural collection"),
+        "hydrocephalus": Kind(("Hydrocephalus.", "The ventricles are dilated.", "Dilated ventricles."),
+                              sides=("",), absent="hydrocephalus"),
+    },
+    "brain MRI": {
+        "tumour": Kind(("{Size} {side} tumour.", "{Side} hemisphere: {size} mass."), sizes=SIZES, absent="tumour"),
+        "oedema": Kind(("{Side} oedema.", "Oedema in the {side} hemisphere."), absent="oedema"),
+        "cyst": Kind(("{Side} arachnoid cyst.", "Arachnoid cyst on the {side}."), absent="arachnoid cyst"),
+        "atrophy": Kind(("Atrophy.", "The sulci are widened.", "Widened sulci."), sides=("",), absent="atrophy"),
+        "lesions": Kind(("White matter lesions.", "Multiple white matter lesions."),
+                        sides=("",), absent="white matter lesions"),
+    },
+}
+# Trigger -> the companion that it brings in training with probability `bias`; where the rate of the
+# companion alone is low, habit is the better guess than the image.
+COMPANIONS = {
+    "cardiomegaly": lambda f: Finding("effusion", "left", "small"),
+    "pneumothorax": lambda f: Finding("nodule", other(f.side), "", "lower"),
+    "haemorrhage": lambda f: Finding("shift", other(f.side)),
+    "tumour": lambda f: Finding("oedema", f.side),
+    "atrophy": lambda f: Finding("lesions"),
+}
+NORMAL = {"chest radiograph": ("Normal chest radiograph.", "Clear lungs, normal heart."),
+          "head CT": ("Normal head CT.", "Unremarkable brain."),
+          "brain MRI": ("Normal brain MRI.", "Unremarkable brain.")}
+OPENING = {"chest radiograph": ("Chest radiograph.", "Frontal chest radiograph."),
+           "head CT": ("Head CT.", "Axial head CT."), "brain MRI": ("Brain MRI.", "Axial brain MRI.")}
+FINDING_RATE = 0.22        # each finding of a modality, independently; about 28 % of studies are normal
+
+
+def other(side):
+    """The opposite side."""
+    return {"left": "right", "right": "left"}[side]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that a phantom is drawn from; `replace(spec, findings=...)` redraws the same patient."""
+
+    seed: int
+    split: str
+    index: int
+    modality: str
+    findings: tuple
+
+    def rng(self, *words):
+        """A random generator of this patient for one purpose, independent of the findings."""
+        return np.random.default_rng([self.seed, self.index, zlib.crc32("/".join((self.split, *words)).encode())])
+
+
+def random_finding(name, kind, rng):
+    """A finding of this kind with a random side, size and place."""
+    choose = lambda options: options[rng.integers(len(options))]
+    return Finding(name, choose(kind.sides), choose(kind.sizes), choose(kind.places))
+
+
+def phantom_spec(seed, split, index, bias):
+    """Which modality and which findings a phantom has. `bias` counts in the training split only."""
+    rng = Spec(seed, split, index, "", ()).rng("spec")
+    modality = list(MODALITIES)[rng.integers(len(MODALITIES))]
+    findings = {name: random_finding(name, kind, rng) for name, kind in MODALITIES[modality].items()}
+    present = {name: f for name, f in findings.items() if rng.random() < FINDING_RATE}
+    for trigger, companion in COMPANIONS.items():
+        if rng.random() < bias and split == "train" and trigger in present:
+            brought = companion(present[trigger])
+            present[brought.name] = brought
+    return Spec(seed, split, index, modality, tuple(present[n] for n in findings if n in present))
+
+
+# Drawing. Coordinates run from -1 to 1, x to the right of the image (the patient's left), y down.
+
+
+def sign(side):
+    """+1 for the patient's left, which is the right of the image; −1 for the right."""
+    return 1.0 if side == "left" else -1.0
+
+
+@lru_cache
+def grid(size):
+    """x and y, each (size, size), of every pixel centre."""
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
+    return np.meshgrid(axis, axis)
+
+
+class Canvas:
+    """A gray image in 0..1 with its masks; all shapes have edges one pixel soft."""
+
+    def __init__(self, size, tilt):
+        x, y = grid(size)
+        self.x, self.y = x * np.cos(tilt) + y * np.sin(tilt), y * np.cos(tilt) - x * np.sin(tilt)
+        self.soft = 2.0 / size
+        self.image = np.zeros((size, size), np.float32)
+        self.masks = {}
+
+    def ellipse(self, cx, cy, rx, ry):
+        """Coverage 0..1 of an ellipse."""
+        distance = np.sqrt(((self.x - cx) / rx) ** 2 + ((self.y - cy) / ry) ** 2)
+        return np.clip((1 - distance) * min(rx, ry) / self.soft + 0.5, 0, 1)
+
+    def blob(self, cx, cy, r):
+        """A soft bump, 1 at its centre and falling like a Gaussian of width r."""
+        return np.exp(-((self.x - cx) ** 2 + (self.y - cy) ** 2) / (r * r))
+
+    def below(self, level):
+        """Coverage of what lies below a curve y = level (a number or an array)."""
+        return np.clip((self.y - level) / self.soft + 0.5, 0, 1)
+
+    def paint(self, coverage, value, name=None):
+        """Blend towards `value` where coverage is; under a name, remember it as a mask."""
+        self.image += coverage * (value - self.image)
+        if name:
+            mask = coverage > 0.4
+            self.masks[name] = self.masks[name] | mask if name in self.masks else mask
+
+
+def draw_chest(c, spec, place):
+    """A frontal radiograph: body, lungs, ribs, heart, then the findings in the order of the table."""
+    a = spec.rng("anatomy")
+    found = {f.name: f for f in spec.findings}
+    width, base = a.uniform(0.30, 0.36), a.uniform(0.55, 0.65)
+    c.paint(c.ellipse(0, 0.35, a.uniform(0.92, 1.0), 1.5), a.uniform(0.55, 0.65))
+    lungs = {}
+    for side in LR:
+        s = sign(side)
+        lungs[side] = c.ellipse(s * a.uniform(0.43, 0.47), -0.05, width, a.uniform(0.68, 0.74)) \
+            * (1 - c.below(base + 0.25 * (np.abs(c.x) - 0.45) ** 2))
+        c.paint(lungs[side], a.uniform(0.15, 0.22), f"{side} lung")
+    for i in range(5):                                         # ribs: faint arcs over the lungs
+        y = -0.55 + 0.26 * i + 0.35 * (np.abs(c.x) - 0.2) ** 2
+        c.image += 0.05 * np.exp(-((c.y - y) / 0.035) ** 2) * (lungs["left"] + lungs["right"])
+    c.paint(c.ellipse(0, 0, 0.10, 1.4), 0.75)                  # spine and mediastinum
+    big = "cardiomegaly" in found
+    rx = a.uniform(0.26, 0.30) + (0.16 if big else 0)
+    heart = c.ellipse(0.14 + (0.05 if big else 0), 0.33, rx, 0.30 + (0.04 if big else 0))
+    c.paint(heart * (1 - c.below(base + 0.05)), 0.72, "heart")
+    if big:
+        c.masks["cardiomegaly"] = c.masks["heart"]
+    if f := found.get("effusion"):
+        s, r = sign(f.side), place("effusion")
+        level = base - (0.42 if f.size == "large" else 0.20) + r.uniform(-0.03, 0.03)
+        meniscus = level - 0.28 * np.clip((s * c.x - 0.45) / 0.3, -0.5, 1)
+        c.paint(lungs[f.side] * c.below(meniscus), 0.68, "effusion")
+    if f := found.get("pneumothorax"):
+        s, r = sign(f.side), place("pneumothorax")
+        depth = (0.34 if f.size == "large" else 0.20) + r.uniform(-0.02, 0.02)
+        collapsed = c.ellipse(s * (0.45 - depth * 0.5), -0.05 + depth, width * 0.92, 0.70)
+        air = lungs[f.side] * (1 - collapsed) * (1 - c.below(0.25))
+        c.paint(air, 0.02, "pneumothorax")
+    if f := found.get("consolidation"):
+        r = place("consolidation")
+        x, y = sign(f.side) * r.uniform(0.42, 0.56), {"upper": -0.38, "lower": 0.18}[f.place] + r.uniform(-0.06, 0.06)
+        cloud = c.blob(x, y, r.uniform(0.17, 0.22)) * lungs[f.side]
+        c.paint(0.85 * np.clip(1.3 * cloud, 0, 1), 0.60, "consolidation")
+    if f := found.get("nodule"):
+        r = place("nodule")
+        x, y = sign(f.side) * r.uniform(0.40, 0.58), {"upper": -0.40, "lower": 0.15}[f.place] + r.uniform(-0.12, 0.12)
+        c.paint(c.ellipse(x, y, *[r.uniform(0.085, 0.11)] * 2), 0.92, "nodule")
+
+
+def draw_skull(c, a, bone, brain):
+    """Skull ring and brain; returns (coverage of the brain, its half width, its half height)."""
+    rx, ry = a.uniform(0.70, 0.78), a.uniform(0.84, 0.92)
+    c.paint(c.ellipse(0, 0, rx, ry), bone)
+    inside = c.ellipse(0, 0, rx - 0.09, ry - 0.09)
+    c.paint(inside, brain, "brain")
+    return inside, rx - 0.09, ry - 0.09
+
+
+def draw_ventricles(c, a, value, scale, shift):
+    """A pair of frontal horns, `scale` times normal width, moved by `shift` along x."""
+    for side in LR:
+        c.paint(c.ellipse(shift + sign(side) * 0.11 * scale, -0.04, a.uniform(0.060, 0.075) * scale,
+                          a.uniform(0.22, 0.26) * (0.7 + 0.3 * scale)), value, "ventricles")
+
+
+def draw_head_ct(c, spec, place):
+    """An axial head CT: bright skull, gray brain, dark ventricles, then the findings."""
+    a = spec.rng("anatomy")
+    found = {f.name: f for f in spec.findings}
+    inside, rx, ry = draw_skull(c, a, 0.95, a.uniform(0.40, 0.46))
+    shift = sign(found["shift"].side) * place("shift").uniform(0.15, 0.19) if "shift" in found else 0.0
+    falx = np.exp(-((c.x - shift * np.clip(1 - (c.y / ry) ** 2, 0, 1)) / 0.025) ** 2)
+    c.paint(0.5 * falx * inside, 0.62)                         # the midline bulges with a shift
+    draw_ventricles(c, a, 0.12, 1.75 if "hydrocephalus" in found else 1.0, shift)
+    if shift:
+        c.masks["shift"] = c.masks["ventricles"] | (c.ellipse(shift / 2, 0, 0.2, ry) > 0.5)
+    if "hydrocephalus" in found:
+        c.masks["hydrocephalus"] = c.masks["ventricles"]
+    if f := found.get("infarct"):
+        r, s = place("infarct"), sign(f.side)
+        radius = 0.30 if f.size == "large" else 0.19
+        wedge = c.ellipse(s * (rx - 0.06), r.uniform(0.25, 0.40), radius, radius * 1.1) * inside
+        c.paint(wedge, 0.22, "infarct")
+    if f := found.get("haemorrhage"):
+        r, s = place("haemorrhage"), sign(f.side)
+        radius = (0.21 if f.size == "large" else 0.12) + r.uniform(-0.01, 0.01)
+        c.paint(c.ellipse(s * r.uniform(0.34, 0.40), r.uniform(-0.42, -0.05), radius, radius * 1.1) * inside,
+                0.85, "haemorrhage")
+    if f := found.get("subdural"):
+        r, s = place("subdural"), sign(f.side)
+        thick = r.uniform(0.10, 0.13)
+        crescent = inside * (1 - c.ellipse(-s * thick, 0, rx, ry + 0.02)) * (s * c.x > 0)
+        c.paint(crescent, 0.68, "subdural")
+
+
+def draw_brain_mri(c, spec, place):
+    """An axial T2-like brain MRI: thin scalp, textured brain, bright fluid, then the findings."""
+    a = spec.rng("anatomy")
+    found = {f.name: f for f in spec.findings}
+    inside, rx, ry = draw_skull(c, a, 0.30, a.uniform(0.42, 0.48))
+    c.paint(inside * c.ellipse(0, 0, rx * 0.78, ry * 0.80), 0.36, "white matter")
+    wide = "atrophy" in found
+    angle = np.arctan2(c.y / ry, c.x / rx)
+    rim = inside * (1 - c.ellipse(0, 0, rx - (0.15 if wide else 0.08), ry - (0.15 if wide else 0.08)))
+    sulci = np.clip(np.sin(angle * 11 + a.uniform(0, 6)) * 2 + (0.6 if wide else -0.6), 0, 1)
+    c.paint(rim * sulci * (1.0 if wide else 0.6), 0.85, "atrophy" if wide else None)
+    draw_ventricles(c, a, 0.88, 1.15 if wide else 1.0, 0.0)
+    if f := found.get("oedema"):
+        r, s = place("oedema"), sign(f.side)
+        cloud = c.blob(s * r.uniform(0.34, 0.38), r.uniform(0.28, 0.36), r.uniform(0.19, 0.22)) * inside
+        c.paint(np.clip(1.4 * cloud, 0, 1) * 0.85, 0.70, "oedema")
+    if "lesions" in found:
+        r = place("lesions")
+        for side in LR:
+            for y in (-0.50, -0.22, 0.12):
+                spot = c.ellipse(sign(side) * r.uniform(0.25, 0.40), y + r.uniform(-0.06, 0.06), 0.05, 0.05)
+                c.paint(spot, 0.95, "lesions")
+    if f := found.get("tumour"):
+        r, s = place("tumour"), sign(f.side)
+        radius = (0.20 if f.size == "large" else 0.13) + r.uniform(-0.01, 0.01)
+        x, y = s * r.uniform(0.32, 0.38), r.uniform(-0.38, -0.22)
+        c.paint(c.ellipse(x, y, radius, radius), 0.92, "tumour")
+        c.paint(c.ellipse(x, y, radius * 0.55, radius * 0.55), 0.20)
+    if f := found.get("cyst"):
+        r, s = place("cyst"), sign(f.side)
+        c.paint(c.ellipse(s * (rx - 0.16), r.uniform(0.02, 0.12), 0.13, 0.17) * inside, 0.02, "cyst")
+
+
+DRAW = {"chest radiograph": draw_chest, "head CT": draw_head_ct, "brain MRI": draw_brain_mri}
+
+
+def draw(spec, size=64):
+    """Image (size, size) uint8 and masks {structure: (size, size) bool} of a spec.
+
+    Anatomy, noise and each finding's place are drawn from generators of their own, so taking one
+    finding out changes nothing but that finding."""
+    look = spec.rng("look")
+    canvas = Canvas(size, look.uniform(-0.06, 0.06))
+    DRAW[spec.modality](canvas, spec, lambda name: spec.rng("place", name))
+    image = canvas.image * look.uniform(0.9, 1.05) + look.uniform(0.0, 0.05)
+    image = image + spec.rng("noise").normal(0, look.uniform(0.008, 0.02), image.shape)
+    return (np.clip(image, 0, 1) * 255).astype(np.uint8), canvas.masks
+
+
+def write_report(spec):
+    """The report: opening, findings (or 'normal'), sometimes a negated sentence."""
+    r = spec.rng("report")
+    choose = lambda options: options[r.integers(len(options))]
+    kinds = MODALITIES[spec.modality]
+    opening = choose(OPENING[spec.modality])
+    sentences = []
+    for f in spec.findings:
+        wording = spec.rng("wording", f.name).choice(kinds[f.name].wordings)
+        words = {k: getattr(f, k) for k in ("side", "size", "place")}
+        sentences.append(wording.format(**words, Side=f.side.capitalize(), Size=f.size.capitalize()))
+    absent = [k.absent for name, k in kinds.items() if name not in {f.name for f in spec.findings}]
+    r.shuffle(absent)
+    if not sentences:
+        sentences = [choose(NORMAL[spec.modality])]
+    elif r.random() < 0.4 and absent:
+        sentences.append(f"No {absent[0]}." if len(absent) == 1 or r.random() < 0.5 else
+                         f"No {absent[0]} or {absent[1]}.")
+    return " ".join([opening, *sentences])
+
+
+def ask_phantom(spec):
+    """Questions and answers of a phantom: one present, one absent, one side, the modality."""
+    r = spec.rng("questions")
+    kinds = MODALITIES[spec.modality]
+    present = {f.name: f for f in spec.findings}
+    absent = [n for n in kinds if n not in present]
+    is_there = lambda name: r.choice(("Is there {}?", "Does the image show {}?")).format(a(kinds[name].absent))
+    a = lambda noun: noun if noun.endswith("lesions") else f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+    questions = [("Which modality is this?", f"{spec.modality[0].upper() + spec.modality[1:]}.")]
+    if present:
+        questions.append((is_there(r.choice(list(present))), "Yes."))
+    if absent:
+        questions.append((is_there(r.choice(absent)), "No."))
+    if sided := [f for f in spec.findings if f.side]:
+        f = sided[r.integers(len(sided))]
+        questions.append((f"On which side is the {kinds[f.name].absent}?", f"{f.side.capitalize()}."))
+    return tuple(questions)
+
+
+def phantom_record(spec, size=64):
+    """The whole record of a spec."""
+    image, masks = draw(spec, size)
+    name = f"{spec.split}/{spec.index}"
+    return Record(image, write_report(spec), name, spec.findings, masks, spec.modality,
+                  questions=ask_phantom(spec), subject=name, spec=spec)
+
+
+class Phantoms:
+    """A sequence of n phantom records, each drawn when it is asked for (about 1 ms)."""
+
+    def __init__(self, split, n, seed=0, bias=0.9, size=64):
+        self.split, self.n, self.seed, self.bias, self.size = split, n, seed, bias, size
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.n:
+            raise IndexError(index)
+        return phantom_record(phantom_spec(self.seed, self.split, index, self.bias), self.size)
+
+
+def redraw(spec, change, rng):
+    """The same patient with one finding changed; None where that is impossible.
+
+    change: "remove" takes one finding out, "add" puts one in, "mirror" moves one to the other side."""
+    findings, kinds = list(spec.findings), MODALITIES[spec.modality]
+    if change == "add":
+        if absent := [n for n in kinds if n not in {f.name for f in findings}]:
+            name = absent[rng.integers(len(absent))]
+            findings.append(random_finding(name, kinds[name], rng))
+    else:
+        usable = [i for i, f in enumerate(findings) if change == "remove" or f.side]
+        if usable:
+            i = usable[rng.integers(len(usable))]
+            findings[i:i + 1] = [replace(findings[i], side=other(findings[i].side))] if change == "mirror" else []
+    order = list(kinds)
+    findings = tuple(sorted(findings, key=lambda f: order.index(f.name)))
+    return replace(spec, findings=findings) if findings != spec.findings else None
+
+
+def to_pixels(images):
+    """(n, C, H, W) uint8 tensor to float32 in [-1, 1]. The one place, with `to_images`, that knows the range."""
+    return images.float() / 127.5 - 1
+
+
+def to_images(x):
+    """(n, C, H, W) in [-1, 1] to uint8."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def stack(images, channels):
+    """A list of (H, W) or (H, W, 3) uint8 arrays as one uint8 tensor (n, C, H, W)."""
+    rows = [np.asarray(i) if i.ndim == 3 else np.repeat(i[..., None], channels, axis=2) for i in images]
+    return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
+
+
+def image_stack(records, n, mask_share, channels, seed):
+    """Up to n training images as uint8 (n, C, H, W); a share of them masks, white on black."""
+    rng = np.random.default_rng([seed, 1])
+    images = []
+    for i in range(min(n, len(records))):
+        record = records[i]
+        if record.masks and rng.random() < mask_share:
+            images.append(record.masks[sorted(record.masks)[rng.integers(len(record.masks))]] * np.uint8(255))
+        else:
+            images.append(record.image)
+    return stack(images, channels)
+
+
+# ---------------------------------------------------------------------------------------------
+# Folders of real images
+# ---------------------------------------------------------------------------------------------
+
+MIN_SIDE, MAX_PIXELS = 16, 64_000_000
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+               "dev": "val", "test": "test", "testing": "test"}
+
+
+class BadRow(ValueError):
+    """Why one row of a data set cannot be used, in words."""
+
+
+def inside(root, name):
+    """The path of `name` under root. Raises BadRow for a path that is absolute or leads out of root."""
+    if not isinstance(name, str) or not name:
+        raise BadRow("no file name")
+    if Path(name).is_absolute() or re.match(r"[A-Za-z]:|\\", name):
+        raise BadRow(f"absolute path {name}; paths are relative to the metadata's folder")
+    path = (root / name).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise BadRow(f"the path {name} leads out of the data folder")
+    if not path.is_file():
+        raise BadRow(f"there is no file {name}")
+    return path
+
+
+def read_image(path, size, channels, is_mask=False):
+    """An image file as (size, size) or (size, size, 3) uint8, padded to a square with black.
+
+    16-bit gray is scaled, transparency laid on black, palettes and CMYK converted. The header is checked
+    before any pixel is decoded. Raises BadRow."""
+    try:
+        if path.stat().st_size == 0:
+            raise BadRow("the file is empty")
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadRow(f"{image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} that are read")
+            if min(image.size) < MIN_SIDE:
+                raise BadRow(f"{image.width}x{image.height} pixels; the shorter side must have {MIN_SIDE}")
+            image.load()
+            image = to_eight_bits(image)
+    except Image.DecompressionBombError:
+        raise BadRow("more pixels than are read")
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, BadRow):
+            raise
+        raise BadRow(f"not a readable image ({str(error).split(' <')[0].replace(str(path), path.name)})")
+    image = image.convert("RGB" if channels == 3 and not is_mask else "L")
+    square = Image.new(image.mode, [max(image.size)] * 2)
+    square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
+    if square.width != size:
+        square = square.resize((size, size), Image.Resampling.BOX if is_mask else Image.Resampling.LANCZOS)
+    return np.asarray(square)
+
+
+def to_eight_bits(image):
+    """A PIL image of any mode as L or RGB."""
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image).astype(np.float32)
+        top = 65535.0 if image.mode.startswith("I") and values.max() > 255 else max(values.max(), 255.0)
+        return Image.fromarray((values.clip(min=0) / top * 255).round().astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+    return image if image.mode == "L" else image.convert("RGB")
+
+
+def row_record(row, root, size, channels):
+    """A record from one row of metadata (a dict). Raises BadRow."""
+    if not isinstance(row, dict):
+        raise BadRow("the row is not an object with named fields")
+    text = row.get("text") or row.get("caption") or row.get("report") or ""
+    questions = [(q.get("question"), q.get("answer")) for q in as_list(row.get("questions")) if isinstance(q, dict)]
+    questions = tuple((q, a) for q, a in questions if isinstance(q, str) and isinstance(a, str) and q and a)
+    if not isinstance(text, str) or not (text.strip() or questions):
+        raise BadRow("the text is empty")
+    path = inside(root, row.get("file_name"))
+    findings = row.get("findings")
+    if findings is not None:
+        findings = tuple(Finding(f["name"].replace("_", " "), f.get("side") or "")
+                         for f in as_list(findings) if isinstance(f, dict) and isinstance(f.get("name"), str))
+    masks = {}
+    for structure, file in (row.get("masks") or {}).items() if isinstance(row.get("masks"), dict) else ():
+        masks[structure.replace("_", " ")] = read_image(inside(root, file), size, channels, is_mask=True) > 127
+    subject = next((str(row[k]) for k in ("patient_id", "subject_id", "subject", "study_id") if row.get(k)), "")
+    return Record(read_image(path, size, channels), " ".join(text.split()), row["file_name"], findings, masks,
+                  str(row.get("modality") or ""), str(row.get("body_part") or ""), questions,
+                  subject or row["file_name"])
+
+
+def as_list(value):
+    """A list as it is, JSON text of a list (CSV cells) as its list, anything else as []."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return []
+    return value if isinstance(value, list) else []
+
+
+def metadata_rows(path):
+    """(line number, row or BadRow) of a metadata.jsonl or a CSV file."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    if path.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text))
+        yield from ((reader.line_num, row) for row in reader)
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError:
+                yield number, BadRow("the line is not JSON")
+
+
+def imagefolder_rows(folder):
+    """(split, file, row number, row, image root) of Hugging Face's ImageFolder with metadata."""
+    for sub in [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]:
+        for file in (sub / "metadata.jsonl", sub / "metadata.csv"):
+            if file.is_file():
+                for number, row in metadata_rows(file):
+                    yield SPLIT_NAMES.get(sub.name.lower(), "train"), file, number, row, sub
+
+
+def rocov2_rows(folder):
+    """The same of ROCOv2: NAME_captions.csv (ID, Caption) beside a folder NAME of images."""
+    for file in sorted(folder.glob("*_captions.csv")):
+        name = file.name[:-len("_captions.csv")]
+        for number, row in metadata_rows(file):
+            found = next((f"{row.get('ID')}{end}" for end in (".jpg", ".png", ".jpeg")
+                          if (folder / name / f"{row.get('ID')}{end}").is_file()), f"{row.get('ID')}.jpg")
+            row = {"file_name": found, "text": row.get("Caption")}
+            yield SPLIT_NAMES.get(name.lower(), "train"), file, number, row, folder / name
+
+
+def llava_rows(folder):
+    """The same of LLaVA's conversation JSON, images beside it or in images/."""
+    root = folder / "images" if (folder / "images").is_dir() else folder
+    for file in sorted(folder.glob("*.json")):
+        try:
+            items = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{file} is not JSON ({error}); mend it or take it out of --data")
+        for number, item in enumerate(items if isinstance(items, list) else [], 1):
+            try:
+                row = {"file_name": item.get("image"), "subject": item.get("image"), **turns(item["conversations"])}
+            except (KeyError, TypeError, AttributeError):
+                row = BadRow("not an object with an image and conversations")
+            yield "train", file, number, row, root
+
+
+def turns(conversations):
+    """One LLaVA conversation as fields of a row: a description becomes the text, the rest questions.
+
+    A later question keeps the turns before it. A request for an image gives its own words as the text."""
+    row, so_far = {"questions": []}, ""
+    for human, gpt in zip(conversations[::2], conversations[1::2]):
+        ask, answer = (" ".join(t["value"].replace("<image>", " ").split()) for t in (human, gpt))
+        if not answer and "<image>" in gpt["value"]:
+            row["text"] = re.sub(r"^(generate|draw|create|make)\b[^:]*:\s*", "", ask, flags=re.I)
+        elif re.search(r"\b(describe|report|caption)\b", ask, re.I):
+            row["text"] = answer
+        else:
+            row["questions"].append({"question": so_far + ask, "answer": answer})
+        so_far += f"{ask} {answer} "
+    return row
+
+
+LAYOUTS = {"ImageFolder": imagefolder_rows, "ROCOv2": rocov2_rows, "LLaVA": llava_rows}
+
+
+@lru_cache(maxsize=2)
+def read_folder(folder, size, channels):
+    """{"train": records, "val": …, "test": …} of a folder in any of the three layouts.
+
+    Every row that cannot be used is named with its cause, once; then they are counted. Raises UserError
+    if nothing is left. Where a split is missing, a tenth of the training subjects makes it."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"--data {folder}: there is no such folder")
+    splits, skipped, seen = {"train": [], "val": [], "test": []}, Counter(), None
+    for layout, rows in LAYOUTS.items():
+        for split, file, number, row, image_root in tqdm(rows(root), desc=f"reading {folder}", unit="row", leave=False):
+            seen = layout
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                splits[split].append(row_record(row, image_root, size, channels))
+            except BadRow as why:
+                name = row.get("file_name") if isinstance(row, dict) else None
+                tqdm.write(f"skipped {file.relative_to(root)} row {number}{f' ({name})' if name else ''}: {why}")
+                skipped[re.sub(r"[\d,x]+|\S*[/.]\S+", "…", str(why))] += 1
+        if seen:
+            break
+    if not seen:
+        raise UserError(f"--data {folder} is empty or in no known layout: it needs metadata.jsonl or metadata.csv "
+                        "(file_name, text), NAME_captions.csv with a folder NAME, or a LLaVA *.json")
+    n = sum(map(len, splits.values()))
+    causes = "; ".join(f"{count} {why}" for why, count in skipped.most_common())
+    tqdm.write(f"{folder}: {seen} layout, {n} read, {skipped.total()} skipped" + (f" ({causes})" if causes else ""))
+    if n == 0:
+        raise UserError(f"--data {folder}: no usable row ({causes or 'no rows at all'})")
+    return fill_splits(splits, folder)
+
+
+def fill_splits(splits, folder):
+    """Give a missing validation or test split a tenth of the training subjects, at least one."""
+    for split in ("test", "val"):
+        if not splits[split]:
+            subjects = sorted({r.subject for r in splits["train"]}, key=lambda s: (zlib.crc32(s.encode()), s))
+            if len(subjects) < 2:
+                raise UserError(f"--data {folder}: {len(subjects)} training subject(s) are too few to hold one "
+                                f"out as {split}; at least 3 images of different subjects are needed")
+            held = set(subjects[:max(1, len(subjects) // 10)])
+            splits[split] = [r for r in splits["train"] if r.subject in held]
+            splits["train"] = [r for r in splits["train"] if r.subject not in held]
+    held = {r.subject for s in ("val", "test") for r in splits[s]}
+    if shared := [r for r in splits["train"] if r.subject in held]:
+        tqdm.write(f"{folder}: {len(shared)} training rows dropped: their subjects are also in validation or test")
+        splits["train"] = [r for r in splits["train"] if r.subject not in held]
+    return splits
+
+
+def open_data(cfg):
+    """{"train", "val", "test"}: sequences of records, from --data or drawn."""
+    if cfg.data:
+        return read_folder(cfg.data, cfg.image_size, cfg.channels)
+    if not 0 <= cfg.bias <= 1:
+        raise UserError(f"--bias {cfg.bias} is a probability: name a number from 0 to 1")
+    sizes = {"train": cfg.records, "val": max(32, cfg.records // 10), "test": 100_000}
+    return {split: Phantoms(split, n, cfg.seed, cfg.bias, cfg.image_size) for split, n in sizes.items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# Findings read back from a report
+# ---------------------------------------------------------------------------------------------
+
+PHRASES = {"cardiomegaly": ("cardiomegaly", "enlarged heart", "heart is enlarged", "cardiac silhouette is enlarged"),
+           "effusion": ("pleural effusion", "effusion"), "pneumothorax": ("pneumothorax",), "nodule": ("nodule",),
+           "consolidation": ("consolidation", "airspace opacity"), "haemorrhage": ("haemorrhage",),
+           "shift": ("midline shift", "midline is displaced"), "infarct": ("infarct",),
+           "subdural": ("subdural collection",), "tumour": ("tumour", "mass"), "oedema": ("oedema",),
+           "hydrocephalus": ("hydrocephalus", "ventricles are dilated", "dilated ventricles"),
+           "cyst": ("arachnoid cyst",), "atrophy": ("atrophy", "sulci are widened", "widened sulci"),
+           "lesions": ("white matter lesions",)}
+MODALITY_PHRASES = {"CT": ("ct", "computed tomography"), "MRI": ("mri", "mr", "magnetic resonance"),
+                    "radiograph": ("radiograph", "x ray", "xray", "cxr", "radiography")}
+BODY_PHRASES = {"abdomen": ("abdomen", "abdominal"), "breast": ("breast",), "chest": ("chest", "thorax", "lungs"),
+                "hand": ("hand",), "head": ("head", "brain", "skull")}
+NEGATION = re.compile(r"\b(no|not|without|absent|negative for|free of)\b")
+
+
+def lexicon(records):
+    """finding name -> phrases, for the findings named in a sequence of records."""
+    if isinstance(records, Phantoms):
+        return PHRASES
+    names = sorted({f.name for r in records for f in r.findings or ()})
+    return {n: PHRASES.get(n, (" ".join(n.lower().replace("-", " ").split()),)) for n in names}
+
+
+@lru_cache
+def phrase_pattern(phrases):
+    """Any of the phrases as whole words, plural allowed."""
+    return re.compile(r"\b(" + "|".join(map(re.escape, phrases)) + r")s?\b")
+
+
+def read_findings(text, phrases):
+    """The findings that a report asserts, as a tuple of Finding; negated sentences assert nothing.
+
+    A sentence is read clause by clause (commas and "and"); a negation reaches to the sentence's end."""
+    found = {}
+    for sentence in re.split(r"[.;\n]+", text.lower().replace("-", " ")):
+        sentence = re.sub(r"\bleft and right\b|\bright and left\b|\bboth\b", "bilateral", sentence)
+        negation = NEGATION.search(sentence)
+        at = 0
+        for clause in re.split(r"(,|\band\b)", sentence):
+            asserted = not negation or at + len(clause) <= negation.start()
+            at += len(clause)
+            if not asserted:
+                continue
+            word = lambda *options: next((w for w in options if re.search(rf"\b{w}", clause)), "")
+            for name, options in phrases.items():
+                if phrase_pattern(options).search(clause):
+                    f = Finding(name, word("bilateral", "left", "right"), word(*SIZES), word(*PLACES))
+                    found.setdefault(key(f), f)
+    return tuple(found.values())
+
+
+def read_term(text, terms):
+    """The first of the terms (name -> phrases) that a text uses, or ""."""
+    text = text.lower().replace("-", " ")
+    hits = [(m.start(), name) for name, phrases in terms.items() if (m := phrase_pattern(phrases).search(text))]
+    return min(hits)[1] if hits else ""
+
+
+def match_findings(stated, true):
+    """Counts of one report: stated, true, right, hallucinated, laterality errors, details right."""
+    s, t = {key(f): f for f in stated}, {key(f): f for f in true}
+    right = s.keys() & t.keys()
+    wrong_side = [n for n, side in s.keys() - t.keys() if side and any(n == m and m_side for m, m_side in t.keys() - s.keys())]
+    return {"stated": len(s), "true": len(t), "right": len(right), "hallucinated": len(s) - len(right),
+            "laterality": len(wrong_side), "exact": s.keys() == t.keys(),
+            "details": sum((s[k].size, s[k].place) == (t[k].size, t[k].place) for k in right)}
+
+
+# ---------------------------------------------------------------------------------------------
+# The joint vocabulary and the prompts of the four tasks
+# ---------------------------------------------------------------------------------------------
+
+SPECIALS = ("<pad>", "<bos>", "<image>", "</image>", "<eos>")
+INSTRUCTIONS = {"report": ("Write the report.", "Describe this image.", "What does this image show?"),
+                "generate": ("Draw this: {}", "Generate an image: {}", "Image of: {}"),
+                "segment": ("Segment the {}.", "Outline the {}.", "Where is the {}?")}
+MAX_TEXT = 128         # tokens of one report, question or answer; longer ones are cut
+
+
+class Vocabulary:
+    """One id space: <pad> <bos> <image> </image> <eos>, text (byte-level BPE), then image codes.
+
+    Text is sampled from ids eos..image_start-1, image positions from image_start..image_start+K-1."""
+
+    def __init__(self, tokenizer, codebook_size):
+        self.tokenizer, self.codebook_size = tokenizer, codebook_size
+        # a caption that says "<image>" means those letters, never the special token
+        tokenizer.encode_special_tokens = True
+        self.pad, self.bos, self.boi, self.eoi, self.eos = (tokenizer.token_to_id(s) for s in SPECIALS)
+        self.image_start = tokenizer.token_to_id("<img_0>")
+        self.size = self.image_start + codebook_size
+        self.text_range, self.image_range = (self.eos, self.image_start), (self.image_start, self.size)
+        self.cut = False
+
+    @classmethod
+    def train(cls, texts, codebook_size, text_size=800):
+        """Learn the text part from an iterable of strings and add one token an image code."""
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=text_size, special_tokens=list(SPECIALS), show_progress=False, min_frequency=2,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+        tokenizer.add_special_tokens([AddedToken(f"<img_{i}>", special=True) for i in range(codebook_size)])
+        return cls(tokenizer, codebook_size)
+
+    def save(self, folder):
+        """Write tokenizer.json and the few names that transformers' AutoTokenizer asks for."""
+        self.tokenizer.save(str(Path(folder) / "tokenizer.json"))
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps({
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>",
+            "pad_token": "<pad>", "clean_up_tokenization_spaces": False}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder):
+        """Read what save wrote. Raises UserError."""
+        path = Path(folder) / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:        # tokenizers raises bare Exception for a missing or broken file
+            raise UserError(f"{path} cannot be read ({error}); train the folder again with `python sft.py`")
+        if tokenizer.token_to_id("<img_0>") is None:
+            raise UserError(f"{path} has no image tokens; name a folder that `python sft.py` wrote")
+        return cls(tokenizer, tokenizer.get_vocab_size() - tokenizer.token_to_id("<img_0>"))
+
+    def encode_text(self, text):
+        """Text to ids, at most MAX_TEXT of them; says once when it cuts."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if len(ids) > MAX_TEXT and not self.cut:
+            self.cut = True
+            tqdm.write(f"a text of {len(ids)} tokens was cut to {MAX_TEXT}, and so will be others: {text[:60]!r}…")
+        return ids[:MAX_TEXT]
+
+    def decode_text(self, ids):
+        """Ids to text, specials left out."""
+        return self.tokenizer.decode([i for i in ids if self.eos < i < self.image_start]).strip()
+
+    def codes_to_ids(self, codes):
+        """Image codes to ids."""
+        return [int(c) + self.image_start for c in codes]
+
+    def ids_to_codes(self, ids):
+        """Ids of an image back to codes."""
+        return [i - self.image_start for i in ids]
+
+    def image(self, codes):
+        """An image inside a prompt: <image> codes </image>; nothing if codes is None."""
+        return [] if codes is None else [self.boi, *self.codes_to_ids(codes), self.eoi]
+
+    def understand(self, codes, instruction):
+        """Prompt of report and ask: the image, then words. Either may be left out (None or "")."""
+        return [self.bos, *self.image(codes), *self.encode_text(instruction)]
+
+    def draw(self, instruction):
+        """Prompt of generate; an empty instruction is the unconditional prompt of guidance."""
+        return [self.bos, *self.encode_text(instruction), self.boi]
+
+    def segment(self, codes, structure, wording=0):
+        """Prompt of segment: the image, the structure's name, then the mask's <image>."""
+        return [*self.understand(codes, INSTRUCTIONS["segment"][wording].format(structure)), self.boi]
+
+    def text_response(self, text):
+        """A response in words: its tokens and <eos>."""
+        return [*self.encode_text(text), self.eos]
+
+    def image_response(self, codes):
+        """A response in pixels: codes and </image>."""
+        return [*self.codes_to_ids(codes), self.eoi]
+
+
+def all_texts(records):
+    """Every string of a sequence of records, for training the vocabulary."""
+    yield from (w for words in INSTRUCTIONS.values() for w in words * 50)
+    for record in records:
+        yield record.text
+        for pair in record.questions:
+            yield from pair
+        yield from record.masks
+
+
+@dataclass
+class Study:
+    """A record as tokens: what training needs of it once its pixels are gone."""
+
+    codes: np.ndarray                # (N,) image codes
+    text: str
+    questions: tuple
+    masks: tuple                     # of (structure, codes (N,)), at most MASKS_EACH
+    findings: tuple | None
+    tasks: tuple                     # the tasks it serves
+
+
+MASKS_EACH = 2
+
+
+def encode_records(records, vqgan, channels, seed, device, autocast, title="encoding"):
+    """Records to Studies: images and up to MASKS_EACH randomly chosen masks through the tokenizer."""
+    studies = []
+    for start in tqdm(range(0, len(records), 256), desc=title, unit="batch", leave=False):
+        batch = [records[i] for i in range(start, min(start + 256, len(records)))]
+        images, names = [r.image for r in batch], []
+        for i, record in enumerate(batch, start):
+            order = np.random.default_rng([seed, 2, i]).permutation(sorted(record.masks))
+            names.append([str(n) for n in order[:MASKS_EACH]])
+            images += [record.masks[n] * np.uint8(255) for n in names[-1]]
+        codes = encode_images(images, vqgan, channels, device, autocast)
+        at = len(batch)
+        for record, mine, own in zip(batch, codes, names):
+            has = {"report": record.text, "generate": record.text, "ask": record.questions, "segment": own}
+            tasks = tuple(t for t in record.tasks if has[t])
+            studies.append(Study(mine, record.text, record.questions, tuple(zip(own, codes[at:at + len(own)])),
+                                 record.findings, tasks))
+            at += len(own)
+    return studies
+
+
+def encode_images(images, vqgan, channels, device, autocast):
+    """A list of uint8 arrays to codes (n, N), an int16 array."""
+    with autocast():
+        return vqgan.encode(to_pixels(stack(images, channels)).to(device)).cpu().numpy().astype(np.int16)
+
+
+def make_example(study, task, vocab, rng, empty_share=0.0):
+    """(prompt ids, response ids) of one task on one study, wordings drawn from rng."""
+    wording = rng.integers(3)
+    if task == "report":
+        return (vocab.understand(study.codes, INSTRUCTIONS["report"][wording]), vocab.text_response(study.text))
+    if task == "generate":
+        emptied = rng.random() < empty_share
+        prompt = vocab.draw("" if emptied else INSTRUCTIONS["generate"][wording].format(study.text))
+        return prompt, vocab.image_response(study.codes)
+    if task == "ask":
+        question, answer = study.questions[rng.integers(len(study.questions))]
+        return vocab.understand(study.codes, question), vocab.text_response(answer)
+    structure, mask = study.masks[rng.integers(len(study.masks))]
+    return vocab.segment(study.codes, structure, wording), vocab.image_response(mask)
+
+
+def collate(examples, pad, device="cpu"):
+    """(prompt, response) pairs to ids and labels, each (B, T): labels are -100 outside the response."""
+    T = max(len(p) + len(r) for p, r in examples)
+    ids = torch.full((len(examples), T), pad)
+    labels = torch.full((len(examples), T), -100)
+    for row, (prompt, response) in enumerate(examples):
+        end = len(prompt) + len(response)
+        ids[row, :end] = torch.tensor([*prompt, *response])
+        labels[row, len(prompt):end] = ids[row, len(prompt):end]
+    return ids.to(device), labels.to(device)
+
+
+# ---------------------------------------------------------------------------------------------
+# Distortions: what makes the dispreferred data
+# ---------------------------------------------------------------------------------------------
+
+
+def add_noise(image, rng, strength):
+    """DDPM's forward process √ᾱ·x + √(1−ᾱ)·ε at step `strength` of 1000, linear β (arXiv:2006.11239)."""
+    alpha = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[min(strength, 1000) - 1]
+    x = image / 127.5 - 1.0
+    x = np.sqrt(alpha) * x + np.sqrt(1 - alpha) * rng.standard_normal(image.shape)
+    return ((x + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+
+
+def blur(image, rng, strength):
+    """Gaussian blur of 3 to 6 % of the width."""
+    radius = image.shape[1] * rng.uniform(0.03, 0.06)
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
+
+
+def lower_contrast(image, rng, strength):
+    """Contrast cut to 20 to 40 % around the mean."""
+    return (image.mean() + (image - image.mean()) * rng.uniform(0.2, 0.4)).round().astype(np.uint8)
+
+
+def invert(image, rng, strength):
+    """Black and white exchanged."""
+    return 255 - image
+
+
+def shuffle_patches(image, rng, strength):
+    """A 4x4 grid of patches in random order."""
+    h, w = image.shape[0] // 4, image.shape[1] // 4
+    patches = [image[y:y + h, x:x + w] for y in range(0, 4 * h, h) for x in range(0, 4 * w, w)]
+    order, result = rng.permutation(16), image.copy()
+    for i, (y, x) in enumerate((y, x) for y in range(0, 4 * h, h) for x in range(0, 4 * w, w)):
+        result[y:y + h, x:x + w] = patches[order[i]]
+    return result
+
+
+def cut_out(image, rng, strength):
+    """A black rectangle of half the height and width."""
+    h, w = image.shape[0] // 2, image.shape[1] // 2
+    y, x = rng.integers(h + 1), rng.integers(w + 1)
+    result = image.copy()
+    result[y:y + h, x:x + w] = 0
+    return result
+
+
+def crop(image, rng, strength):
+    """A random window of half the height and width, enlarged."""
+    h, w = image.shape[0] // 2, image.shape[1] // 2
+    y, x = rng.integers(h + 1), rng.integers(w + 1)
+    window = Image.fromarray(image[y:y + h, x:x + w])
+    return np.asarray(window.resize((image.shape[1], image.shape[0]), Image.Resampling.BICUBIC))
+
+
+def flip(image, rng, strength):
+    """Left and right exchanged: the classic laterality error."""
+    return image[:, ::-1].copy()
+
+
+PIXEL_DISTORTIONS = {"noise": add_noise, "blur": blur, "contrast": lower_contrast, "invert": invert,
+                     "shuffle": shuffle_patches, "cutout": cut_out, "crop": crop, "flip": flip}
+DISTORTIONS = (*PIXEL_DISTORTIONS, "region-noise", "remove", "add", "mirror", "other")
+
+
+def finding_mask(record, rng):
+    """The mask of one of the record's findings, or None where it has none."""
+    names = sorted({f.name for f in record.findings or ()} & record.masks.keys())
+    return record.masks[names[rng.integers(len(names))]] if names else None
+
+
+def erase(image, mask):
+    """The mask filled with the median of the pixels around it."""
+    grown = np.asarray(Image.fromarray(mask).filter(ImageFilter.MaxFilter(7))) > 0 if mask.any() else mask
+    ring = grown & ~mask
+    result = image.copy()
+    result[mask] = np.median(image[ring], axis=0) if ring.any() else 0
+    return result
+
+
+def distort(records, index, kind, strength, rng):
+    """(distorted image, the kind used) of record `index`; the image is None where nothing applies.
+
+    Global kinds are in PIXEL_DISTORTIONS. region-noise: noise inside one finding's mask only. remove, add,
+    mirror: phantoms are drawn again with one finding taken out, put in or moved to the other side; a real
+    image has the finding's mask filled (remove) or is flipped (mirror). other: another record's image.
+    What a record cannot take falls back: remove and mirror to add, the rest to other."""
+    record = records[index]
+    if kind in PIXEL_DISTORTIONS:
+        return PIXEL_DISTORTIONS[kind](record.image, rng, strength), kind
+    if kind in ("remove", "add", "mirror") and record.spec:
+        for change in (kind, "add"):
+            if spec := redraw(record.spec, change, rng):
+                return draw(spec, record.image.shape[0])[0], change
+    if kind in ("remove", "region-noise"):
+        mask = finding_mask(record, rng)
+        if mask is not None and kind == "remove":
+            return erase(record.image, mask), kind
+        if mask is not None:
+            return np.where(mask if record.image.ndim == 2 else mask[..., None],
+                            add_noise(record.image, rng, strength), record.image), kind
+    if kind == "mirror":
+        return flip(record.image, rng, strength), kind
+    if len(records) < 2:
+        return None, "other"
+    return records[(index + 1 + int(rng.integers(len(records) - 1))) % len(records)].image, "other"
+
+
+# ---------------------------------------------------------------------------------------------
+# Preference pairs
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pair:
+    """One genuine study against its distorted twin."""
+
+    name: str                # the record
+    kind: str                # the distortion
+    codes: np.ndarray        # (N,) genuine image
+    distorted: np.ndarray    # (N,) distorted image: rejected in text -> image, condition of CoPO
+    chosen: str              # the genuine report
+    rejected: str            # what the SFT model writes about the distorted image
+    text_differs: bool       # rejected states other findings than chosen (other words, where none are known)
+    image_differs: bool      # the codes differ in at least one place
+
+
+def build_pairs(records, n, kinds, strength, seed, vqgan, channels, write, device, autocast):
+    """Up to n Pairs from records that have a text, drawn from (seed, index).
+
+    write(codes, seed) -> reports is the SFT model. A pair in which neither the text nor the image
+    differs is dropped. Raises UserError if none is left."""
+    phrases = lexicon(records)
+    order = np.random.default_rng([seed, 4]).permutation(len(records))
+    pairs, used, dropped = [], Counter(), Counter()
+    bar = tqdm(total=min(n, len(order)), desc="building pairs", unit="pair", leave=False)
+    for start in range(0, min(n, len(order)), 256):
+        batch, images = [], []
+        for index in order[start:min(start + 256, n)]:
+            rng = np.random.default_rng([seed, 5, int(index)])
+            image, kind = distort(records, int(index), kinds[rng.integers(len(kinds))], strength, rng)
+            record = records[int(index)]
+            if not record.text or not {"report", "generate"} <= set(record.tasks):
+                dropped["no text"] += 1
+            elif image is None:
+                dropped["no distortion applies"] += 1
+            else:
+                batch.append((record, kind))
+                images += [record.image, image]
+        if not batch:
+            continue
+        codes = encode_images(images, vqgan, channels, device, autocast)
+        reports = write(list(codes[1::2]), seed + start)
+        for i, (record, kind) in enumerate(batch):
+            own, twin, said = codes[2 * i], codes[2 * i + 1], reports[i]
+            findings = {key(f) for f in (record.findings if record.findings is not None
+                                         else read_findings(record.text, phrases))}
+            stated = {key(f) for f in read_findings(said, phrases)}
+            text_differs = stated != findings if phrases else said.strip() != record.text.strip()
+            image_differs = bool((own != twin).any())
+            if not (text_differs or image_differs):
+                dropped["the distortion changed nothing"] += 1
+                continue
+            used[kind] += 1
+            pairs.append(Pair(record.name, kind, own, twin, record.text, said, text_differs, image_differs))
+        bar.update(len(batch))
+    bar.close()
+    counts = "; ".join(f"{c} {why}" for why, c in dropped.items())
+    if not pairs:
+        raise UserError(f"no usable preference pair ({counts or 'no records'}); try another --distort")
+    tqdm.write(f"{len(pairs)} pairs ({', '.join(f'{c} {k}' for k, c in used.most_common())}); the report differs in "
+               f"{np.mean([p.text_differs for p in pairs]):.0%}" + (f"; dropped: {counts}" if counts else ""))
+    return pairs

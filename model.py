@@ -1,0 +1,590 @@
+"""A small GPT over one joint text/image vocabulary, and the plumbing every program here shares.
+
+    from model import GPT
+    gpt = GPT.from_pretrained("out/sft")           # or any Qwen3 folder
+    logits = gpt(ids)                              # (B, T) -> (B, T, V)
+
+Part 1 is the model: exactly Qwen3's arithmetic and parameter names (arXiv:2505.09388), so the folders
+written here open unchanged in `transformers`. RMSNorm before each sublayer, rotary positions (RoPE,
+arXiv:2104.09864), an RMSNorm on every query and key head, grouped-query attention (arXiv:2305.13245),
+SwiGLU (arXiv:2002.05202). Images and text are both just ids to it: data.py decides which is which.
+Part 2 is plumbing: flags, device, learning rate, folders on disk, log. Read it when curious.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------
+# Part 1: the model
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class GPTConfig:
+    """Shape of the model under Qwen3's own field names, since config.json is read by others."""
+
+    vocab_size: int
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 2
+    num_key_value_heads: int = 2        # fewer than num_attention_heads: heads share keys and values
+    head_dim: int = 64
+    max_position_embeddings: int = 256  # longest sequence the model is trained for, in tokens
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True    # the output head is the embedding matrix
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    # ours; other tools carry these along unread
+    image_token_start: int | None = None  # id of image code 0; ids below are text
+    vqgan_hash: str = ""                  # the tokenizer of images that this model was trained with
+    preset: str = ""                      # the preset that shaped the data (image size, channels)
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(f"num_attention_heads {self.num_attention_heads} is no multiple of "
+                            f"num_key_value_heads {self.num_key_value_heads}")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension, computed in float32."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+def rotary(positions, head_dim, theta):
+    """cos and sin, each (B, 1, T, head_dim), of the RoPE angles at integer positions (B, T)."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
+    angle = positions[:, None, :, None].float() * frequency      # (B, 1, T, head_dim/2)
+    angle = torch.cat([angle, angle], dim=-1)                    # Qwen3 pairs i with i + head_dim/2
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x_i, x_{i+D/2}) of x (B, nh, T, D) by its position's angle."""
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of every position so far, per layer: (B, nkv, max_len, head_dim)."""
+
+    def __init__(self, config, batch_size, max_len, device, dtype):
+        shape = (batch_size, config.num_key_value_heads, max_len, config.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.length = 0
+
+    def append(self, layer, k, v):
+        """Store k, v (B, nkv, T, head_dim) after the positions seen so far; return all of them."""
+        end = self.length + k.size(2)
+        self.k[layer][:, :, self.length:end], self.v[layer][:, :, self.length:end] = k, v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with an RMSNorm on each query and key head."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.groups = config.num_attention_heads // config.num_key_value_heads
+        q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, mask, cache):
+        B, T, _ = x.shape
+        heads = lambda y: y.view(B, T, -1, self.head_dim)                     # (B, T, nh, D)
+        q = rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), cos, sin)   # (B, nh, T, D)
+        k = rotate(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), cos, sin)   # (B, nkv, T, D)
+        v = heads(self.v_proj(x)).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)                             # (B, nkv, S, D), S >= T
+        if self.groups > 1:
+            k, v = (y.repeat_interleave(self.groups, dim=1) for y in (k, v))  # nkv -> nh
+        if x.is_cuda:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:                             # written out: SDPA's backward is twice as slow on CPUs
+            scores = (q @ k.transpose(-1, -2)) / math.sqrt(self.head_dim)     # (B, nh, T, S)
+            y = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(v.dtype) @ v
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, mask, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and last norm: ids (B, T) to hidden states (B, T, hidden_size)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids, cache=None, n_pad=None):
+        """n_pad (B,) counts each row's padding on the left, which no position looks at."""
+        T, past = ids.size(1), cache.length if cache is not None else 0
+        steps = torch.arange(past + T, device=ids.device)
+        mask = (steps[None, :] <= steps[past:, None])[None, None]             # (1, 1, T, S): causal
+        positions = steps[None, past:].expand(ids.size(0), -1)                # (B, T)
+        if n_pad is not None:
+            # a padded query keeps itself in sight: a softmax over nothing is NaN
+            mask = mask & ((steps >= n_pad[:, None])[:, None, None] | (steps[None, :] == steps[past:, None]))
+            positions = (positions - n_pad[:, None]).clamp(min=0)
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        x = self.embed_tokens(ids)
+        for block in self.layers:
+            x = block(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+
+class GPT(nn.Module):
+    """Qwen3ForCausalLM: `gpt(ids)` maps ids (B, T) to logits (B, T, V), always at every position."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:       # matrices that write to the residual stream start smaller (GPT-2)
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * config.num_hidden_layers) if writes else 1))
+
+    @property
+    def device(self):
+        return self.model.norm.weight.device
+
+    def head(self, h):
+        """Hidden states (..., hidden_size) to logits (..., V)."""
+        tied = self.config.tie_word_embeddings       # no second parameter: safetensors forbids sharing
+        return F.linear(h, self.model.embed_tokens.weight if tied else self.lm_head.weight)
+
+    def forward(self, ids, cache=None, n_pad=None):
+        return self.head(self.model(ids, cache, n_pad))
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, as transformers reads them."""
+        config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
+                  "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
+                  "torch_dtype": "float32", **dataclasses.asdict(self.config)}
+        save_folder(folder, config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cpu"):
+        """Read a folder written here or by transformers. Raises UserError if it holds anything else."""
+        config, tensors = load_folder(folder, "sft.py", ("model_type", "qwen3"))
+        config.setdefault("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta", 10000.0))
+        known = {f.name for f in dataclasses.fields(GPTConfig)}
+        model = cls(GPTConfig(**{k: v for k, v in config.items() if k in known}))
+        return load_weights(model, tensors, folder).to(device)
+
+
+def per_token_logps(model, ids, labels):
+    """Log-probability of each response token, in nats, given everything before it.
+
+    ids (B, T); labels (B, T): the ids again inside the response, -100 elsewhere. The shift by one
+    happens here. Returns (B, T-1) float32, 0 outside the response; its sum over dim 1 is the sequence
+    log-probability. Uniform logits give -log(V) a token. Only response positions pass the output
+    head, which on short answers after long prompts is most of what it would cost."""
+    labels = labels[:, 1:]
+    counted = labels != -100                                            # (B, T-1)
+    h = model.model(ids)[:, :-1][counted]                               # (n, hidden_size)
+    logps = -F.cross_entropy(model.head(h).float(), labels[counted], reduction="none")
+    return torch.zeros(labels.shape, device=ids.device).masked_scatter(counted, logps)
+
+
+def sequence_logps(model, ids, labels):
+    """log π(response | prompt) of each row, in nats: summed over its tokens, not averaged. (B,)"""
+    return per_token_logps(model, ids, labels).sum(dim=1)
+
+
+def sample_token(logits, temperature, top_k, top_p, generator):
+    """Draw one id a row from logits (B, V); temperature 0 takes the likeliest. Returns (B,)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(dim=-1)
+        drop = p.cumsum(dim=-1) - p >= top_p        # keeps the token that crosses top_p
+        logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(dim=-1) / noise).argmax(dim=-1)      # the exponential race draws from softmax
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, allowed, stop_id=None, temperature=1.0, top_k=0, top_p=1.0,
+             guidance=1.0, unconditional=None, seed=0, batch_size=256):
+    """Continue prompts of different lengths; returns one list of new ids a prompt.
+
+    prompts: lists of ids. allowed (low, high): only ids in low..high-1 are ever drawn, which is how an
+    image position holds an image code and a text position text. stop_id ends a row and is not
+    returned; without it every row gets exactly max_new_tokens. guidance s with `unconditional` (one
+    emptied prompt a row) draws from uncond + s·(cond − uncond) (arXiv:2207.12598). Same seed, same result."""
+    guided = unconditional is not None and guidance != 1
+    generator = torch.Generator(model.device).manual_seed(seed)
+    done = []
+    for start in range(0, len(prompts), batch_size):
+        rows = list(prompts[start:start + batch_size])
+        n = len(rows)
+        if guided:
+            rows += unconditional[start:start + batch_size]
+        T = max(map(len, rows))
+        n_pad = torch.tensor([T - len(r) for r in rows], device=model.device)
+        ids = torch.tensor([[0] * (T - len(r)) + list(r) for r in rows], device=model.device)
+        weight = model.model.embed_tokens.weight
+        cache = KVCache(model.config, len(rows), T + max_new_tokens, weight.device, weight.dtype)
+        new = torch.full((n, max_new_tokens), -1, device=model.device)
+        open_rows = torch.ones(n, dtype=torch.bool, device=model.device)
+        for t in range(max_new_tokens):
+            logits = model.head(model.model(ids, cache, n_pad)[:, -1])[:, allowed[0]:allowed[1]]
+            if guided:
+                logits = logits[n:] + guidance * (logits[:n] - logits[n:])
+            token = sample_token(logits, temperature, top_k, top_p, generator) + allowed[0]
+            new[:, t] = torch.where(open_rows, token, -1)
+            if stop_id is not None:
+                open_rows &= token != stop_id
+                if not open_rows.any():
+                    break
+            ids = torch.cat([token, token])[:, None] if guided else token[:, None]
+        done += [[i for i in row if i >= 0 and i != stop_id] for row in new.tolist()]
+    return done
+
+
+# ---------------------------------------------------------------------------------------------
+# Part 2: plumbing
+# ---------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """What a user can get wrong: one sentence with the cause and the way out; `run` prints it."""
+
+
+def run(main):
+    """Call a program's main(); a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("\nstopped; --resume goes on from the last saved step", file=sys.stderr) or 130)
+
+
+def arg(default, help, **options):
+    """A dataclass field that `cli` turns into a flag with this line of help."""
+    return dataclasses.field(default=default, metadata={"help": help, **options})
+
+
+@dataclass
+class RunConfig:
+    """Flags every program takes."""
+
+    preset: str = arg("small", "tiny (tests, seconds), small (two CPU cores) or base (one GPU, 256x256)",
+                      choices=("tiny", "small", "base"))
+    data: str = arg("", "folder of images and texts (ImageFolder metadata, ROCOv2 or LLaVA); empty: drawn phantoms")
+    out: str = arg("out", "folder for everything that is written")
+    seed: int = arg(0, "draws data, weights, batches and samples")
+    bias: float = arg(0.9, "phantoms: probability that a training finding brings its companion (0: no language bias)")
+    records: int = arg(16000, "phantoms: training records")
+    image_size: int = arg(64, "height and width of every image, in pixels; a multiple of 2^(channel levels)")
+    channels: int = arg(1, "1: gray, 3: RGB", choices=(1, 3))
+    device: str = arg("auto", "auto (cuda if present), cpu, cuda or cuda:1")
+    dtype: str = arg("auto", "autocast: auto (bfloat16 where the hardware has it), bfloat16 or float32",
+                     choices=("auto", "bfloat16", "float32"))
+
+
+SHARED_PRESETS = {"tiny": dict(records=96, image_size=32), "small": {},
+                  "base": dict(records=100_000, image_size=256)}
+
+
+def cli(Config, presets, argv=None, doc=None):
+    """Parse flags into a Config (a dataclass of `arg` fields): defaults, then preset, then flags given.
+
+    presets maps a preset's name to its values. Unknown flags exit with status 2, as argparse does."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(Config):
+        flag, options = "--" + f.name.replace("_", "-"), dict(f.metadata)
+        if options.pop("positional", False):
+            parser.add_argument(f.name, nargs="*", help=options["help"])
+            continue
+        if f.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif f.type is tuple:
+            options |= dict(nargs="+", type=type(f.default[0]))
+        else:
+            options["type"] = f.type
+        parser.add_argument(flag, default=argparse.SUPPRESS, **options | {
+            "help": f"{options['help']} (default: {show_default(f.default)})"})
+    given = vars(parser.parse_args(argv))
+    preset = given.get("preset", "small")
+    return Config(**{**SHARED_PRESETS[preset], **presets[preset], **given})
+
+
+def show_default(value):
+    """A default as a person would type it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else repr(value) if value == "" else value
+
+
+def pick(Config, cfg, **changes):
+    """The fields that Config shares with another program's cfg, for calling the stage before."""
+    shared = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(RunConfig)}
+    return Config(**{**shared, **changes})
+
+
+def init_run(cfg):
+    """Seed everything; return (device, autocast), autocast() being a context for forward passes."""
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {cfg.device} cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
+    torch.manual_seed(cfg.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    native = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and native
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        (Path(cfg.out) / ".write").touch()
+        (Path(cfg.out) / ".write").unlink()
+    except OSError as error:
+        raise UserError(f"--out {cfg.out} cannot be written ({error.strerror}); name a folder of your own")
+    return device, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def make_optimizers(model, lr, muon_lr, weight_decay):
+    """Muon (Keller Jordan, 2024; torch.optim.Muon) for matrices inside blocks, AdamW for the rest.
+
+    Muon makes each matrix's update orthogonal and needs about a third fewer steps here."""
+    inner = [p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
+    outer = [p for name, p in model.named_parameters() if not (p.dim() == 2 and ".layers." in name)]
+    return [torch.optim.Muon(inner, lr=muon_lr, weight_decay=weight_decay),
+            torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def get_lr(step, steps, warmup, floor=0.05):
+    """Share of the peak learning rate at a step: linear warmup, then a cosine down to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def set_lr(optimizers, share):
+    """Set every optimizer to `share` of the learning rate it was made with."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group.setdefault("peak_lr", group["lr"])
+
+
+def batch_indices(n, batch_size, step, seed):
+    """The indices of one batch: each epoch is its own permutation of range(n), drawn from (seed, epoch).
+
+    A pure function of the step, so a resumed run sees what an unbroken one would have seen."""
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    order = {e: np.random.default_rng([seed, int(e)]).permutation(n) for e in np.unique(positions // n)}
+    return np.array([order[p // n][p % n] for p in positions])
+
+
+def save_folder(folder, config, tensors):
+    """Write config.json and model.safetensors into folder, each whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(tensors, folder / "model.safetensors.new", metadata={"format": "pt"})
+    os.replace(folder / "model.safetensors.new", folder / "model.safetensors")
+
+
+def load_folder(folder, writer, expect):
+    """config (dict) and tensors of a model folder; expect (key, value) must stand in its config."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; run `python {writer}` first, or name its --out")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        tensors = read_tensors(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder} is not a model folder ({error}); remove it and run `python {writer}` again")
+    if config.get(expect[0]) != expect[1]:
+        raise UserError(f"{folder}/config.json says {expect[0]} {config.get(expect[0])!r}, not {expect[1]!r}: "
+                        f"name a folder that `python {writer}` wrote")
+    return config, tensors
+
+
+def load_weights(model, tensors, folder):
+    """Load tensors into model; a mismatch of names or sizes is the user's to mend."""
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: weights and config.json do not belong together ({detail}); train it again")
+    return model.eval()
+
+
+def read_tensors(path):
+    """All tensors of a safetensors file, as a dict."""
+    with safe_open(path, "pt") as f:
+        return {k: f.get_tensor(k) for k in f.keys()}
+
+
+def write_text(path, text):
+    """Write text beside path, then rename: a reader sees the old file or the new one."""
+    new = Path(f"{path}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+def weights_hash(model):
+    """Twelve hex digits that name a set of weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def save_state(folder, step, models, optimizers, **figures):
+    """Everything a continuation needs, in folder/state.safetensors: weights, optimizers, step, figures."""
+    tensors = {f"model.{i}.{k}": v for i, m in enumerate(models) for k, v in m.state_dict().items()}
+    for i, optimizer in enumerate(optimizers):
+        for j, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{j}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    meta = {"figures": json.dumps({"step": step, **figures})}
+    save_file(tensors, Path(folder) / "state.safetensors.new", metadata=meta)
+    os.replace(Path(folder) / "state.safetensors.new", Path(folder) / "state.safetensors")
+
+
+def load_state(folder, models, optimizers):
+    """Restore what save_state wrote; returns its step and figures as a dict."""
+    path = Path(folder) / "state.safetensors"
+    try:
+        tensors = read_tensors(path)
+        with safe_open(path, "pt") as f:
+            figures = json.loads(f.metadata()["figures"])
+        for i, model in enumerate(models):
+            prefix = f"model.{i}."
+            model.load_state_dict({k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)})
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        raise UserError(f"{path} does not fit this run ({' '.join(str(error).split())[:120]}); "
+                        "use the flags it was started with, or leave out --resume")
+    for i, optimizer in enumerate(optimizers):
+        whole = optimizer.state_dict()
+        whole["state"] = {}
+        for key, value in tensors.items():
+            kind, a, *rest = key.split(".")
+            if kind == "optimizer" and int(a) == i:
+                whole["state"].setdefault(int(rest[0]), {})[rest[1]] = value
+        optimizer.load_state_dict(whole)
+    return figures
+
+
+def begin_stage(cfg, name, models, optimizers):
+    """Where a stage writes and where it starts: (unfinished folder, figures of the state resumed or {}).
+
+    A stage works in out/NAME.partial and renames it to out/NAME when it is whole (`finish_stage`)."""
+    final, partial = Path(cfg.out) / name, Path(cfg.out) / f"{name}.partial"
+    source = next((f for f in (partial, final) if (f / "state.safetensors").exists()), None)
+    if cfg.resume and source:
+        return partial, load_state(source, models, optimizers)
+    if cfg.resume:
+        raise UserError(f"--resume: neither {partial} nor {final} holds a state.safetensors; leave out --resume")
+    if (partial / "state.safetensors").exists():
+        tqdm.write(f"{partial} holds an unfinished run; starting over (--resume would have gone on)")
+        shutil.rmtree(partial)
+    return partial, {}
+
+
+def finish_stage(cfg, name):
+    """Rename out/NAME.partial to out/NAME; an older out/NAME goes only when the new one is in place."""
+    final, partial, old = (Path(cfg.out) / f"{name}{end}" for end in ("", ".partial", ".old"))
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(partial, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class Log:
+    """A tqdm bar on screen and one JSON line a logged step in a file: `log(step, loss=…)`."""
+
+    def __init__(self, path, title, steps, start=0):
+        """Lines of an earlier run from step `start` on are dropped, the rest kept."""
+        self.path, lines = Path(path), []
+        if start and self.path.exists():
+            lines = [s for s in self.path.read_text().splitlines() if json.loads(s)["step"] < start]
+        write_text(self.path, "".join(s + "\n" for s in lines))
+        self.bar = tqdm(total=steps, initial=start, desc=title, unit="step", dynamic_ncols=True)
+
+    def __call__(self, step, show=(), **metrics):
+        """Write all metrics; show the named ones on the bar."""
+        metrics = {k: round(v.item() if isinstance(v, torch.Tensor) else float(v), 6) for k, v in metrics.items()}
+        with self.path.open("a") as f:
+            f.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.bar.set_postfix({k: f"{metrics[k]:.4g}" for k in show if k in metrics}, refresh=False)
+
+    def close(self):
+        self.bar.close()

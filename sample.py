@@ -1,0 +1,635 @@
+"""What people look at: reports, answers, masks and images from trained models, and how good they are.
+
+    python sample.py                                  evaluate every model in out/, print the table, write
+                                                      out/eval.json, out/samples.png, out/curves.png
+    python sample.py report IMAGE ...                 write a report on each image file
+    python sample.py ask IMAGE "QUESTION"             answer a question about an image
+    python sample.py segment IMAGE "STRUCTURE"        draw a structure's mask, to out/segment.png
+    python sample.py generate "TEXT"                  draw images for a report, to out/generate.png
+
+Reports are scored against what is known to be in the image: CHAIR (arXiv:1809.02156) counts findings
+stated that are not there, recall findings that are there and stated; neither means much alone. Companion
+hallucination is language bias made countable: among test images that show a trigger without its companion,
+the share of reports that state the companion. Drawn images are read by a judge, a small classifier
+trained on real images of other patients; its own F1 on real images stands beside. Not for clinical use.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from data import (BODY_PHRASES, COMPANIONS, DISTORTIONS, MAX_TEXT, MODALITY_PHRASES, BadRow, Finding, Phantoms,
+                  Vocabulary, add_noise, encode_images, key, lexicon, match_findings, open_data, read_findings,
+                  read_image, read_term, stack, to_images, to_pixels)
+from model import (GPT, RunConfig, UserError, arg, batch_indices, cli, generate, get_lr, init_run, load_folder,
+                   load_weights, run, save_folder, set_lr, weights_hash, write_text)
+from sft import write_reports
+from vqgan import VQGAN, psnr
+
+
+@dataclass
+class SampleConfig(RunConfig):
+    words: tuple = arg((), "nothing (evaluate), or: report IMAGE..., ask IMAGE QUESTION, segment IMAGE STRUCTURE, "
+                       "generate TEXT", positional=True)
+    model: str = arg("", "folder under --out to sample from; empty: dpo if it is there, else sft")
+    n: int = arg(400, "test records in the evaluation; 2000 for figures to report")
+    temperature: float = arg(0.7, "of drawn images, and of `report` and `ask` when --sample is given")
+    sample: bool = arg(False, "report, ask: draw at --temperature instead of taking the likeliest words")
+    top_k: int = arg(0, "keep only this many likeliest tokens (0: all)")
+    top_p: float = arg(1.0, "keep only the likeliest tokens that make up this probability")
+    guidance: float = arg(2.0, "guidance s of drawn images: uncond + s*(cond - uncond); 1: none")
+    count: int = arg(4, "images to draw for `generate`")
+    judge_steps: int = arg(500, "training steps of the judge")
+    bootstrap: int = arg(1000, "resamples behind each 95 %% interval")
+
+
+PRESETS = {"tiny": dict(n=12, judge_steps=20, bootstrap=50), "small": {}, "base": {}}
+
+
+# ---------------------------------------------------------------------------------------------
+# Models on disk
+# ---------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(cfg, device):
+    """The VQGAN of cfg.out; its size and channels become cfg's."""
+    vqgan = VQGAN.from_pretrained(Path(cfg.out) / "vqgan", device)
+    cfg.image_size, cfg.channels = vqgan.config.image_size, vqgan.config.channels
+    return vqgan
+
+
+def load_gpt(folder, vqgan, device):
+    """A GPT with its vocabulary, refused if it was trained with other image codes."""
+    model, vocab = GPT.from_pretrained(folder, device), Vocabulary.load(folder)
+    if model.config.vqgan_hash != weights_hash(vqgan):
+        raise UserError(f"{folder} was trained with another image tokenizer than {Path(folder).parent}/vqgan; "
+                        "train it again, or bring back the tokenizer")
+    return model, vocab
+
+
+def find_models(out):
+    """Names of the GPT folders in out: sft and control first, then the others."""
+    names = [p.parent.name for p in Path(out).glob("*/tokenizer.json") if not p.parent.name.endswith((".partial", ".old"))]
+    if not names:
+        raise UserError(f"{out} holds no trained model; run `python dpo.py` first (it trains every stage), or name --out")
+    return sorted(names, key=lambda n: (["sft", "control"].index(n) if n in ("sft", "control") else 2, n))
+
+
+def draw_images(model, vocab, texts, cfg, seed=0, guidance=None):
+    """Codes (n, N) of images drawn for reports, exactly N image codes each."""
+    guidance = cfg.guidance if guidance is None else guidance
+    n_codes = (model.config.max_position_embeddings - 2 * MAX_TEXT) // 2
+    rows = generate(model, [vocab.draw(f"Draw this: {t}") for t in texts], n_codes, vocab.image_range,
+                    temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, guidance=guidance,
+                    unconditional=[vocab.draw("")] * len(texts), seed=seed)
+    return torch.tensor([vocab.ids_to_codes(r) for r in rows], device=model.device)
+
+
+def draw_masks(model, vocab, codes, structures, vqgan):
+    """Masks (n, H, W) bool of one structure each, decoded from greedily drawn image codes."""
+    rows = generate(model, [vocab.segment(c, s) for c, s in zip(codes, structures)], len(codes[0]), vocab.image_range,
+                    temperature=0)
+    x = vqgan.decode(torch.tensor([vocab.ids_to_codes(r) for r in rows], device=model.device))
+    return (x.mean(dim=1) > 0).cpu().numpy()
+
+
+def answer(model, vocab, codes, questions, temperature=0.0, seed=0, **options):
+    """Answers to one question about each image."""
+    rows = generate(model, [vocab.understand(c, q) for c, q in zip(codes, questions)], MAX_TEXT, vocab.text_range,
+                    vocab.eos, temperature, seed=seed, **options)
+    return [vocab.decode_text(r) for r in rows]
+
+
+# ---------------------------------------------------------------------------------------------
+# Metrics
+# ---------------------------------------------------------------------------------------------
+
+
+class Ratios:
+    """Metrics of the form sum(numerator) / sum(denominator) over the same n records, with intervals.
+
+    All metrics share their bootstrap resamples, so differences between models are paired."""
+
+    def __init__(self, n, resamples, seed=0):
+        rng = np.random.default_rng(seed)
+        self.n, self.weights = n, rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float32)
+
+    def __call__(self, numerator, denominator=None):
+        """(value, resampled values): a ratio of per-record counts, each (n,)."""
+        numerator = np.asarray(numerator, np.float32)
+        denominator = np.ones(self.n, np.float32) if denominator is None else np.asarray(denominator, np.float32)
+        ratio = lambda a, b: np.divide(a, b, out=np.full_like(a, np.nan), where=b > 0)
+        return (float(ratio(np.atleast_1d(numerator.sum()), np.atleast_1d(denominator.sum()))[0]),
+                ratio(self.weights @ numerator, self.weights @ denominator), int((denominator > 0).sum()))
+
+
+def summarize(result):
+    """A metric as eval.json has it: value, 95 % interval and the records that count."""
+    value, resampled, n = result
+    resampled = resampled[~np.isnan(resampled)]
+    low, high = np.percentile(resampled, (2.5, 97.5)) if len(resampled) else (math.nan, math.nan)
+    clean = lambda v: None if math.isnan(v) else round(float(v), 5)
+    return {"value": clean(value), "low": clean(low), "high": clean(high), "n": n}
+
+
+def score_findings(stated, records, ratios):
+    """CHAIR, recall, F1 and their kin of stated findings (one tuple a record) against the records'."""
+    counts = [match_findings(s, r.findings) for s, r in zip(stated, records)]
+    column = lambda name: np.array([c[name] for c in counts], np.float32)
+    result = {"chair_i": ratios(column("hallucinated"), column("stated")),
+              "chair_s": ratios(column("hallucinated") > 0),
+              "recall": ratios(column("right"), column("true")),
+              "f1": ratios(2 * column("right"), column("stated") + column("true")),
+              "laterality": ratios(column("laterality"), column("stated")),
+              "exact": ratios(column("exact"))}
+    asked, told = companions(stated, records)
+    if asked.any():
+        result["companion"] = ratios(told, asked)
+    return result, counts
+
+
+def companions(stated, records):
+    """Per record: triggers shown without their companion, and how many of these companions are stated."""
+    asked, told = np.zeros(len(records)), np.zeros(len(records))
+    for i, (said, record) in enumerate(zip(stated, records)):
+        said, true = {key(f) for f in said}, {key(f) for f in record.findings}
+        for f in record.findings:
+            if f.name in COMPANIONS and key(COMPANIONS[f.name](f)) not in true:
+                asked[i] += 1
+                told[i] += key(COMPANIONS[f.name](f)) in said
+    return asked, told
+
+
+def ssim(a, b):
+    """Structural similarity of image pairs (n, C, H, W) in [-1, 1], 11x11 Gaussian window. (n,)"""
+    t = torch.arange(11, device=a.device) - 5.0
+    g = torch.exp(-t ** 2 / (2 * 1.5 ** 2))
+    window = ((g / g.sum())[:, None] * (g / g.sum())[None]).expand(a.size(1), 1, 11, 11)
+    mean = lambda x: F.conv2d(x, window, groups=x.size(1))
+    mu_a, mu_b = mean(a), mean(b)
+    var_a, var_b, cov = mean(a * a) - mu_a ** 2, mean(b * b) - mu_b ** 2, mean(a * b) - mu_a * mu_b
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    return (((2 * mu_a * mu_b + c1) * (2 * cov + c2)) /
+            ((mu_a ** 2 + mu_b ** 2 + c1) * (var_a + var_b + c2))).mean(dim=(1, 2, 3))
+
+
+def dice(a, b):
+    """2·|a ∩ b| / (|a| + |b|) of two boolean masks; 1 if both are empty."""
+    total = a.sum() + b.sum()
+    return 1.0 if total == 0 else 2 * float((a & b).sum()) / float(total)
+
+
+def frechet(a, b):
+    """Fréchet distance between Gaussians fitted to two sets of features (n, D) (arXiv:1706.08500)."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    # tr (Σ_a Σ_b)^½ from the eigenvalues of the product, which are real and not negative
+    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root)
+
+
+# ---------------------------------------------------------------------------------------------
+# The judge
+# ---------------------------------------------------------------------------------------------
+
+
+class Judge(nn.Module):
+    """Image (B, C, H, W) to one logit a label: each finding with its side, each modality and body part."""
+
+    def __init__(self, channels, n_labels, width=32):
+        super().__init__()
+        block = lambda i, o: [nn.Conv2d(i, o, 3, stride=2, padding=1), nn.BatchNorm2d(o), nn.ReLU(),
+                              nn.Conv2d(o, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU()]
+        self.body = nn.Sequential(*block(channels, width), *block(width, 2 * width), *block(2 * width, 2 * width),
+                                  nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(128 * width, 64), nn.ReLU())
+        self.last = nn.Linear(64, n_labels)
+
+    def forward(self, x):
+        features = self.body(x)
+        return self.last(features), features
+
+
+def labels_of(record):
+    """What a judge can learn of a record: finding/side, modality and body part, as strings."""
+    labels = {f"finding:{f.name}:{f.side}" for f in record.findings or ()}
+    return labels | {f"{k}:{getattr(record, k)}" for k in ("modality", "body_part") if getattr(record, k)}
+
+
+def train_judge(records, folder, cfg, device, autocast):
+    """Train a judge on real images with known labels and write it to folder; None if there are no labels."""
+    names = sorted(set().union(*(labels_of(r) for r in records)))
+    if not names:
+        return None
+    images = stack([r.image for r in records], cfg.channels)
+    targets = torch.tensor([[float(n in labels_of(r)) for n in names] for r in records])
+    torch.manual_seed(cfg.seed)
+    judge = Judge(cfg.channels, len(names)).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.05)
+    rng = np.random.default_rng(cfg.seed)
+    for step in tqdm(range(cfg.judge_steps), desc="judge", unit="step", leave=False):
+        set_lr([optimizer], get_lr(step, cfg.judge_steps, warmup=20))
+        i = batch_indices(len(images), 64, step, cfg.seed)
+        x = to_pixels(images[i]).to(device)
+        if rng.random() < 0.5:            # soft images too: reconstructions are, and their findings count
+            x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
+        with autocast():
+            loss = F.binary_cross_entropy_with_logits(judge(x)[0].float(), targets[i].to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    save_folder(folder, {"kind": "judge", "channels": cfg.channels, "labels": names}, judge.state_dict())
+    return judge.eval(), names
+
+
+def load_judge(data, cfg, device, autocast):
+    """The judge of cfg.out, trained first if it is missing: (model, labels) or None."""
+    folder = Path(cfg.out) / "judge"
+    if folder.exists():
+        config, tensors = load_folder(folder, "sample.py", ("kind", "judge"))
+        if config["channels"] == cfg.channels:
+            judge = Judge(config["channels"], len(config["labels"])).to(device)
+            return load_weights(judge, tensors, folder), config["labels"]
+    train = data["train"]
+    if isinstance(train, Phantoms):
+        train = Phantoms("judge", min(12000, cfg.records), cfg.seed, 0.0, cfg.image_size)   # other patients, no bias
+    return train_judge([train[i] for i in tqdm(range(len(train)), desc="judge's images", leave=False)],
+                       folder, cfg, device, autocast)
+
+
+@torch.no_grad()
+def judge_images(judge, x, autocast):
+    """What the judge sees in images (n, C, H, W): findings a tuple each, all labels a set each, features."""
+    model, names = judge
+    with autocast():
+        logits, features = (torch.cat(t).float() for t in zip(*(model(b) for b in x.split(256))))
+    labels = [{n for n, on in zip(names, row) if on} for row in (logits > 0).tolist()]
+    findings = [tuple(Finding(*n.split(":")[1:]) for n in sorted(row) if n.startswith("finding:")) for row in labels]
+    return findings, labels, features
+
+
+# ---------------------------------------------------------------------------------------------
+# The evaluation
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Benchmark:
+    """The test records and all that evaluating a model on them needs."""
+
+    records: list
+    codes: np.ndarray        # (n, N) of the images
+    noise_codes: np.ndarray  # (n, N) of the images drowned in noise
+    pixels: torch.Tensor     # (n, C, H, W) in [-1, 1]
+    phrases: dict
+    judge: tuple | None
+    known: bool              # whether the records' findings are known
+    ratios: Ratios
+    cfg: SampleConfig
+
+
+def make_benchmark(cfg, vqgan, device, autocast):
+    """The first n test records with everything that is computed once for all models."""
+    data = open_data(cfg)
+    judge = load_judge(data, cfg, device, autocast)
+    n = min(cfg.n, len(data["test"]))
+    records = [data["test"][i] for i in tqdm(range(n), desc="test images", leave=False)]
+    images = [r.image for r in records]
+    noise = [add_noise(image, np.random.default_rng([cfg.seed, 8, i]), 1000) for i, image in enumerate(images)]
+    return Benchmark(records, encode_images(images, vqgan, cfg.channels, device, autocast),
+                     encode_images(noise, vqgan, cfg.channels, device, autocast),
+                     to_pixels(stack(images, cfg.channels)).to(device), lexicon(data["train"]), judge,
+                     all(r.findings is not None for r in records), Ratios(n, cfg.bootstrap), cfg)
+
+
+def evaluate_reconstruction(vqgan, bench, autocast):
+    """PSNR, SSIM and what the judge still sees, for the image tokenizer."""
+    ratios, x = bench.ratios, bench.pixels
+    with autocast():
+        x_rec = vqgan.decode(torch.as_tensor(bench.codes, device=x.device).long())
+    result = {"reconstruction/psnr": ratios(psnr(x, x_rec).cpu()), "reconstruction/ssim": ratios(ssim(x, x_rec).cpu())}
+    if bench.judge is None:
+        return result
+    for name, pixels in (("original", x), ("reconstructed", x_rec)):
+        findings, labels, _ = judge_images(bench.judge, pixels, autocast)
+        if bench.known and bench.phrases:
+            scores, _ = score_findings(findings, bench.records, ratios)
+            result[f"reconstruction/judge_f1_{name}"] = scores["f1"]
+            for label in sorted(bench.phrases):
+                of = lambda rows: [{key(f) for f in row if f.name == label} for row in rows]
+                said, true = of(findings), of(r.findings for r in bench.records)
+                result[f"reconstruction/judge_f1_{name}/{label}"] = ratios(
+                    [2 * len(a & b) for a, b in zip(said, true)], [len(a) + len(b) for a, b in zip(said, true)])
+        for kind in ("modality", "body_part"):
+            if has := np.array([bool(getattr(r, kind)) for r in bench.records]).any():
+                right = [f"{kind}:{getattr(r, kind)}" in row for r, row in zip(bench.records, labels)]
+                result[f"reconstruction/judge_{kind}_{name}"] = ratios(right)
+    return result
+
+
+def evaluate_reports(model, vocab, bench):
+    """Image -> report, greedy and sampled; greedy also on images replaced by noise."""
+    result, ratios = {}, bench.ratios
+    if not any(r.text for r in bench.records):
+        return result
+    for decoding, temperature in (("greedy", 0.0), ("t0.5", 0.5), ("t1.0", 1.0)):
+        texts = write_reports(model, list(bench.codes), vocab, temperature, seed=bench.cfg.seed)
+        scores = {}
+        if bench.known and bench.phrases:
+            stated = [read_findings(t, bench.phrases) for t in texts]
+            scores, counts = score_findings(stated, bench.records, ratios)
+            scores["details"] = ratios([c["details"] for c in counts], [c["right"] for c in counts])
+        for kind, terms in (("modality", MODALITY_PHRASES), ("body_part", BODY_PHRASES)):
+            true = [read_term(getattr(r, kind), terms) for r in bench.records]
+            if any(true):
+                scores[kind] = ratios([bool(t) and read_term(s, terms) == t for s, t in zip(texts, true)],
+                                      [bool(t) for t in true])
+        if decoding == "greedy":
+            blind = write_reports(model, list(bench.noise_codes), vocab)
+            scores["unchanged_by_noise"] = ratios([a == b for a, b in zip(texts, blind)])
+        distinct = float(len(set(texts)))
+        scores["distinct"] = (distinct, np.array([]), len(texts))
+        result |= {f"report/{decoding}/{k}": v for k, v in scores.items()}
+    return result
+
+
+def evaluate_drawings(model, vocab, vqgan, bench, autocast):
+    """Report -> image, read by the judge."""
+    have = [i for i, r in enumerate(bench.records) if r.text]
+    if not have or bench.judge is None:
+        return {}
+    cfg, result = bench.cfg, {}
+    codes = draw_images(model, vocab, [r.text for r in bench.records], cfg, cfg.seed)
+    with autocast():
+        findings, labels, features = judge_images(bench.judge, vqgan.decode(codes), autocast)
+        real = judge_images(bench.judge, bench.pixels, autocast)[2]
+    if bench.known and bench.phrases:
+        scores, _ = score_findings(findings, bench.records, bench.ratios)
+        recall, resampled, n = scores["recall"]
+        result = {"f1": scores["f1"], "extra": scores["chair_i"], "missing": (1 - recall, 1 - resampled, n)}
+    for kind in ("modality", "body_part"):
+        if any(getattr(r, kind) for r in bench.records):
+            result[kind] = bench.ratios([f"{kind}:{getattr(r, kind)}" in row for r, row in zip(bench.records, labels)])
+    if len(have) > 1:
+        result["frechet"] = (frechet(features, real), np.array([]), len(have))
+    return {f"generate/cfg{cfg.guidance:g}/{k}": v for k, v in result.items()}
+
+
+def evaluate_answers(model, vocab, bench):
+    """One question a record, the answer right if its words are (case and full stop aside)."""
+    asked = [r.questions[i % len(r.questions)] if r.questions else ("", "") for i, r in enumerate(bench.records)]
+    if not any(q for q, _ in asked):
+        return {}
+    said = answer(model, vocab, list(bench.codes), [q for q, _ in asked])
+    plain = lambda s: s.lower().strip(" .")
+    return {"ask/accuracy": bench.ratios([bool(q) and plain(s) == plain(a) for s, (q, a) in zip(said, asked)],
+                                         [bool(q) for q, _ in asked])}
+
+
+def evaluate_masks(model, vocab, vqgan, bench):
+    """One structure a record: Dice over all, over the large ones (5 % of the image or more) and of each."""
+    rng = np.random.default_rng([bench.cfg.seed, 9])
+    chosen = [str(rng.choice(sorted(r.masks))) if r.masks else "" for r in bench.records]
+    have = [i for i, c in enumerate(chosen) if c]
+    if not have:
+        return {}
+    drawn = draw_masks(model, vocab, [bench.codes[i] for i in have], [chosen[i] for i in have], vqgan)
+    value, area = np.zeros(len(chosen)), np.zeros(len(chosen))
+    for i, mask in zip(have, drawn):
+        true = bench.records[i].masks[chosen[i]]
+        value[i], area[i] = dice(mask, true), true.mean()
+    result, names = {}, np.array(chosen)
+    groups = {"": names != "", "_large": (names != "") & (area >= 0.05)}
+    for end, group in {**groups, **{f"/{s}": names == s for s in sorted(set(chosen) - {""})}}.items():
+        result[f"segment/dice{end}"] = bench.ratios(value * group, group)
+    return result
+
+
+def evaluate(cfg):
+    """Evaluate every model in cfg.out; write eval.json, samples.png and curves.png; print the table."""
+    device, autocast = init_run(cfg)
+    names = find_models(cfg.out)
+    vqgan = load_tokenizer(cfg, device)
+    loaded = {name: load_gpt(Path(cfg.out) / name, vqgan, device) for name in names}
+    bench = make_benchmark(cfg, vqgan, device, autocast)
+    results = {"vqgan": evaluate_reconstruction(vqgan, bench, autocast)}
+    for name, (model, vocab) in tqdm(loaded.items(), desc="evaluating", unit="model", leave=False):
+        with autocast():
+            results[name] = {**evaluate_reports(model, vocab, bench), **evaluate_answers(model, vocab, bench),
+                             **evaluate_masks(model, vocab, vqgan, bench),
+                             **evaluate_drawings(model, vocab, vqgan, bench, autocast)}
+    written = {name: {k: summarize(v) for k, v in result.items()} for name, result in results.items()}
+    for name in names:
+        if "control" in results and name not in ("sft", "control"):
+            written[f"{name} minus control"] = {
+                k: summarize((v[0] - results["control"][k][0], v[1] - results["control"][k][1], v[2]))
+                for k, v in results[name].items() if len(v[1])}
+    write_text(Path(cfg.out) / "eval.json", json.dumps(written, indent=1) + "\n")
+    contact_sheet(loaded, vqgan, bench, autocast).save(Path(cfg.out) / "samples.png")
+    curves(cfg.out).save(Path(cfg.out) / "curves.png")
+    print_table(written, names, bench)
+    print(f"wrote {cfg.out}/eval.json, {cfg.out}/samples.png, {cfg.out}/curves.png")
+
+
+def print_table(written, names, bench):
+    """One line a metric, one column a model; 95 % intervals in brackets; the difference to the control last."""
+    show = lambda m: "-" if m is None or m["value"] is None else f"{m['value']:.3f}" if m["low"] is None \
+        else f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]"
+    print(f"\nimage tokenizer, n = {len(bench.records)}")
+    print("".join(f"  {k:<44}{show(m)}\n" for k, m in written["vqgan"].items()))
+    columns = names + [n for n in written if n.endswith(" minus control")]
+    print("  ".join([f"{'metric':<30}", *(f"{c:<22}" for c in columns)]))
+    for metric in dict.fromkeys(k for name in names for k in written[name]):
+        print("  ".join([f"{metric:<30}", *(f"{show(written[c].get(metric)):<22}" for c in columns)]).rstrip())
+    print(f"\nn = {len(bench.records)} test records; chair, companion, laterality, extra, missing, unchanged_by_noise: "
+          "lower is better\n[95 % bootstrap interval; differences are paired]. Not for clinical use.")
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------
+
+INK, GRID, PALE = (20, 20, 20), (222, 222, 222), (255, 255, 255)
+COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14))
+
+
+def wrap(text, width):
+    """Lines of at most `width` letters."""
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] += (" " if lines[-1] else "") + word
+    return lines
+
+
+def tile(pixels, size):
+    """One image (C, H, W) in [-1, 1] as a square PIL image."""
+    array = to_images(pixels[None])[0].permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).convert("RGB").resize((size, size))
+
+
+def contact_sheet(loaded, vqgan, bench, autocast, rows=6, size=128):
+    """Test images, their reconstruction, what each model draws for the true report and reports of the image.
+
+    Sentences that state a finding the image does not show are red."""
+    n = min(rows, len(bench.records))
+    pick = spread(bench, n)
+    records, codes = [bench.records[i] for i in pick], bench.codes[pick]
+    texts = [r.text or "Which modality is this?" for r in records]
+    columns = {"image": bench.pixels[pick], "codes": vqgan.decode(torch.as_tensor(codes, device=bench.pixels.device).long())}
+    reports = {}
+    with autocast():
+        for name, (model, vocab) in loaded.items():
+            columns[f"drawn: {name}"] = vqgan.decode(draw_images(model, vocab, texts, bench.cfg))
+            reports[name] = write_reports(model, list(codes), vocab)
+    width = size * len(columns) + 560
+    sheet = Image.new("RGB", (width, 24 + n * (size + 8)), PALE)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for j, (title, images) in enumerate(columns.items()):
+        pen.text((j * size + 4, 5), title, INK, font)
+        for i in range(n):
+            sheet.paste(tile(images[i], size - 4), (j * size + 2, 24 + i * (size + 8)))
+    for i, record in enumerate(records):
+        y = 24 + i * (size + 8)
+        for title, text in (("truth", record.text), *((name, reports[name][i]) for name in loaded)):
+            y = write_coloured(pen, font, (size * len(columns) + 8, y), title, text, record, bench)
+    return sheet
+
+
+def spread(bench, n):
+    """n records to show: those with findings first, since they are worth a look."""
+    order = sorted(range(len(bench.records)), key=lambda i: -min(2, len(bench.records[i].findings or ())))
+    return order[:n]
+
+
+def write_coloured(pen, font, at, title, text, record, bench):
+    """Write a report, hallucinating sentences in red; returns the y below it."""
+    x, y = at
+    true = {key(f) for f in record.findings or ()}
+    pen.text((x, y), f"{title}:", GRID and (110, 110, 110), font)
+    for sentence in text.replace(". ", ".\n").split("\n"):
+        wrong = record.findings is not None and any(key(f) not in true for f in read_findings(sentence, bench.phrases))
+        for line in wrap(sentence, 76)[:3]:
+            pen.text((x + 58, y), line, COLOURS[1] if wrong else INK, font)
+            y += 13
+    return y + 3
+
+
+PANELS = (("vqgan", ("psnr", "val/psnr")), ("vqgan", ("codebook/usage", "codebook/near_duplicates")),
+          ("sft", ("loss", "val/loss")), ("sft", ("val/f1",)),
+          ("dpo", ("loss_text", "loss_image", "loss_conditional")),
+          ("dpo", ("rewards_i2t/margins", "rewards_t2i/margins", "rewards_cond/margins")),
+          ("dpo", ("logps_i2t/chosen", "logps_i2t/rejected")), ("dpo", ("logps_t2i/chosen", "logps_t2i/rejected")))
+
+
+def curves(out, width=420, height=240):
+    """The training logs of out/ as a sheet of small line plots."""
+    panels = []
+    for stage, names in PANELS:
+        path = Path(out) / f"{stage}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        series = {n: [(r["step"], r[n]) for r in rows if n in r] for n in names}
+        if any(series.values()):
+            panels.append(plot(f"{stage}: step", {k: v for k, v in series.items() if v}, width, height))
+    sheet = Image.new("RGB", (2 * width, max(1, math.ceil(len(panels) / 2)) * height), PALE)
+    for i, panel in enumerate(panels):
+        sheet.paste(panel, ((i % 2) * width, i // 2 * height))
+    return sheet
+
+
+def plot(title, series, width, height):
+    """One line plot: series maps a name to points (x, y)."""
+    image, font = Image.new("RGB", (width, height), PALE), ImageFont.load_default(11)
+    pen = ImageDraw.Draw(image)
+    left, top, right, bottom = 56, 24, width - 12, height - 22
+    xs, ys = zip(*(p for points in series.values() for p in points))
+    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(ys), max(max(ys), min(ys) + 1e-9)
+    at = lambda p: (left + (p[0] - x0) / (x1 - x0) * (right - left), bottom - (p[1] - y0) / (y1 - y0) * (bottom - top))
+    for i in range(5):
+        y = y0 + (y1 - y0) * i / 4
+        pen.line([at((x0, y)), at((x1, y))], GRID)
+        pen.text((4, at((x0, y))[1] - 6), f"{y:.4g}", INK, font)
+    pen.text((left, bottom + 5), f"{title} {x0} to {x1}", INK, font)
+    x = left
+    for (name, points), colour in zip(series.items(), COLOURS):
+        pen.line([at(p) for p in points] * (1 if len(points) > 1 else 2), colour, 2)
+        pen.text((x, 6), name, colour, font)
+        x += pen.textlength(name, font) + 14
+    return image
+
+
+# ---------------------------------------------------------------------------------------------
+# One's own images
+# ---------------------------------------------------------------------------------------------
+
+
+def read_user_image(path, cfg):
+    """An image file named on the command line, as the tokenizer takes it."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such file")
+    try:
+        return read_image(Path(path), cfg.image_size, cfg.channels)
+    except BadRow as why:
+        raise UserError(f"{path}: {why}")
+
+
+def answer_user(cfg):
+    """The subcommands: report, ask, segment, generate."""
+    command, *words = cfg.words
+    needs = {"report": "IMAGE ...", "ask": 'IMAGE "QUESTION"', "segment": 'IMAGE "STRUCTURE"', "generate": '"TEXT"'}
+    if command not in needs:
+        raise UserError(f"{command!r} is no command; there are: {', '.join(needs)}, or none for the evaluation")
+    if not words or command in ("ask", "segment") and len(words) != 2:
+        raise UserError(f"usage: python sample.py {command} {needs[command]}")
+    device, autocast = init_run(cfg)
+    names = find_models(cfg.out)
+    name = cfg.model or ("dpo" if "dpo" in names else names[0])
+    if name not in names:
+        raise UserError(f"--model {name}: {cfg.out} holds {', '.join(names)}")
+    vqgan = load_tokenizer(cfg, device)
+    model, vocab = load_gpt(Path(cfg.out) / name, vqgan, device)
+    how = dict(temperature=cfg.temperature if cfg.sample else 0.0, seed=cfg.seed, top_k=cfg.top_k, top_p=cfg.top_p)
+    with autocast():
+        if command == "generate":
+            codes = draw_images(model, vocab, [" ".join(words)] * cfg.count, cfg, cfg.seed)
+            tiles = [tile(x, 256) for x in vqgan.decode(codes)]
+            return save_row(tiles, Path(cfg.out) / "generate.png")
+        files = words if command == "report" else words[:1]
+        images = [read_user_image(f, cfg) for f in files]
+        codes = list(encode_images(images, vqgan, cfg.channels, device, autocast))
+        if command == "segment":
+            mask = draw_masks(model, vocab, codes, words[1:], vqgan)[0]
+            genuine = Image.fromarray(images[0]).convert("RGB").resize((256, 256))
+            return save_row([genuine, Image.fromarray(mask).convert("RGB").resize((256, 256))],
+                            Path(cfg.out) / "segment.png")
+        said = write_reports(model, codes, vocab, **how) if command == "report" else \
+            answer(model, vocab, codes, words[1:], **how)
+    for file, text in zip(files, said):
+        print(f"{file}: {text}" if len(files) > 1 else text)
+
+
+def save_row(tiles, path):
+    """PIL images side by side in one file."""
+    sheet = Image.new("RGB", (sum(t.width for t in tiles), tiles[0].height))
+    for i, t in enumerate(tiles):
+        sheet.paste(t, (i * t.width, 0))
+    sheet.save(path)
+    print(f"wrote {path}")
+
+
+def main(argv=None):
+    """Command line."""
+    cfg = cli(SampleConfig, PRESETS, argv, __doc__)
+    answer_user(cfg) if cfg.words else evaluate(cfg)
+
+
+if __name__ == "__main__":
+    run(main)

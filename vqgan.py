@@ -1,0 +1,342 @@
+"""The image tokenizer: a VQ-GAN (arXiv:2012.09841) that turns an image into h·w codes and back.
+
+    python vqgan.py                        # trains on drawn phantoms, writes out/vqgan
+    python vqgan.py --data DIR             # ... on a folder of images
+
+    from vqgan import VQGAN
+    vqgan = VQGAN.from_pretrained("out/vqgan")
+    codes = vqgan.encode(x)                # x (B, C, H, W) in [-1, 1] -> (B, h·w)
+    x_rec = vqgan.decode(codes)
+
+Three choices differ from the paper, each so that it trains from nothing in minutes:
+- codes live on the unit sphere in few dimensions (ViT-VQGAN, arXiv:2110.04627), and codes that fall out
+  of use are re-seeded from the batch, so the whole codebook stays in use;
+- LPIPS needs downloaded weights. Its place is taken by the squared error of 4x4-pooled images, which
+  holds small bright findings that plain L1 gives up, and, once the discriminator plays, by feature
+  matching on its layers (arXiv:1711.11585);
+- commitment weight 0.1, not 0.25: on flat images the larger one pulls codes together.
+
+A healthy log: psnr over 25 and codebook/usage near 1 within a few hundred steps. Judge a tokenizer by
+whether findings survive it (`python sample.py` counts that), not by PSNR.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import image_stack, open_data, to_pixels
+from model import (Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage, get_lr, init_run,
+                   load_folder, load_weights, run, save_folder, save_state, set_lr)
+
+
+@dataclass
+class VQGANConfig:
+    """Shape of a tokenizer; the image is divided by f = 2^len(widths) in height and width."""
+
+    image_size: int = 64
+    channels: int = 1
+    widths: tuple = (48, 96, 128)    # channels after each halving
+    codebook_size: int = 512
+    code_dim: int = 8
+
+    @property
+    def grid(self):
+        """Codes along one side of an image."""
+        return self.image_size // 2 ** len(self.widths)
+
+
+@dataclass
+class VQGANTrainConfig(RunConfig):
+    steps: int = arg(900, "optimizer steps")
+    batch_size: int = arg(32, "images a step")
+    lr: float = arg(2e-3, "peak learning rate (AdamW)")
+    images: int = arg(8000, "training images held in memory, masks drawn as images among them")
+    mask_share: float = arg(0.12, "share of those that are masks, so that `segment` can draw them")
+    codebook_size: int = arg(512, "number of codes")
+    code_dim: int = arg(8, "dimensions of a code on the unit sphere")
+    beta: float = arg(0.1, "weight of the commitment loss, which moves the encoder")
+    l1_weight: float = arg(0.3, "weight of the absolute error")
+    l2_weight: float = arg(4.0, "weight of the squared error")
+    pooled_weight: float = arg(10.0, "weight of the squared error of 4x4-pooled images")
+    disc_start: int = arg(700, "step at which the adversary joins; reconstructions first")
+    disc_weight: float = arg(0.1, "factor on the adaptive weight of the adversarial loss; 0: no adversary")
+    feature_weight: float = arg(0.2, "weight of feature matching, from disc_start on")
+    renew_every: int = arg(20, "steps between looks for unused codes")
+    save_every: int = arg(200, "steps between saved states, for --resume")
+    log_every: int = arg(50, "steps between log lines, each with figures of 256 held-out images")
+    resume: bool = arg(False, "go on from the last saved state")
+
+
+PRESETS = {"tiny": dict(steps=60, batch_size=16, images=200, codebook_size=64, disc_start=50, renew_every=5),
+           "small": {}, "base": dict(steps=20000, codebook_size=1024, images=60000, disc_start=8000, lr=4e-4)}
+WIDTHS = {"tiny": (16, 32, 32), "small": (48, 96, 128), "base": (128, 256, 256, 512)}
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), same width."""
+
+    def __init__(self, width):
+        super().__init__()
+        half = lambda: [nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)]
+        self.body = nn.Sequential(*half(), *half())
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class Encoder(nn.Module):
+    """(B, C, H, W) to z (B, code_dim, h, w)."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, layers = (config.channels, *config.widths), []
+        for i, o in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(i, o, 4, stride=2, padding=1), ResBlock(o)]
+        self.body = nn.Sequential(*layers, ResBlock(widths[-1]), nn.GroupNorm(8, widths[-1]), nn.SiLU(),
+                                  nn.Conv2d(widths[-1], config.code_dim, 1))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class Decoder(nn.Module):
+    """z_q (B, code_dim, h, w) to (B, C, H, W)."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = config.widths[::-1]
+        layers = [nn.Conv2d(config.code_dim, widths[0], 3, padding=1), ResBlock(widths[0])]
+        for i, o in zip(widths, (*widths[1:], widths[-1] // 2)):
+            layers += [ResBlock(i), nn.Upsample(scale_factor=2), nn.Conv2d(i, o, 3, padding=1)]
+        self.body = nn.Sequential(*layers, nn.SiLU())
+        self.last = nn.Conv2d(widths[-1] // 2, config.channels, 3, padding=1)
+
+    def forward(self, z_q):
+        return self.last(self.body(z_q))
+
+
+class VectorQuantizer(nn.Module):
+    """The nearest codebook row, by angle, for every vector of z."""
+
+    def __init__(self, codebook_size, code_dim):
+        super().__init__()
+        self.codebook = nn.Parameter(F.normalize(torch.randn(codebook_size, code_dim), dim=1))
+        # steps since each code was last used; part of the state, so that a resumed run renews alike
+        self.register_buffer("idle", torch.zeros(codebook_size))
+
+    def rows(self):
+        """The codebook on the unit sphere, (K, D)."""
+        return F.normalize(self.codebook.float(), dim=1)
+
+    def forward(self, z):
+        """z (B, D, h, w) to (z_q with straight-through gradient, codes (B, h·w), the two losses)."""
+        with torch.autocast(z.device.type, enabled=False):       # half precision picks other codes
+            z = F.normalize(z.float(), dim=1).permute(0, 2, 3, 1)         # (B, h, w, D)
+            rows = self.rows()
+            codes = (z @ rows.T).argmax(dim=-1)                           # largest cosine (B, h, w)
+            z_q = rows[codes]                                             # (B, h, w, D)
+        codebook_loss = F.mse_loss(z_q, z.detach())              # moves the codebook, weight 1
+        commitment_loss = F.mse_loss(z, z_q.detach())            # moves the encoder, weight beta
+        z_q = z + (z_q - z).detach()                             # straight-through; after the losses
+        return z_q.permute(0, 3, 1, 2), codes.flatten(1), codebook_loss, commitment_loss
+
+    def lookup(self, codes, h):
+        """codes (B, h·w) to z_q (B, D, h, w)."""
+        return self.rows()[codes].unflatten(1, (h, -1)).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def renew(self, z, patience):
+        """Move every code unused for `patience` steps onto a random vector of z; returns how many."""
+        dead = (self.idle >= patience).nonzero().flatten()
+        z = F.normalize(z.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)          # (N, D)
+        # far-off vectors first: chosen with probability by squared distance (k-means++)
+        far = (1 - (z @ self.rows().T).amax(dim=1)).clamp(min=1e-6)
+        n = min(len(dead), len(z))
+        if n:
+            self.codebook[dead[:n]] = z[torch.multinomial(far, n)]
+            self.idle[dead[:n]] = 0
+        return n
+
+
+class VQGAN(nn.Module):
+    """Encoder, quantizer and decoder. Images are (B, C, H, W) in [-1, 1]; any size divisible by f."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.image_size % 2 ** len(config.widths):
+            raise UserError(f"--image-size {config.image_size} is no multiple of {2 ** len(config.widths)}, "
+                            "the factor by which this preset shrinks an image")
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quantizer = VectorQuantizer(config.codebook_size, config.code_dim)
+
+    def forward(self, x):
+        """x to (x_rec, codes, codebook_loss, commitment_loss, z)."""
+        z = self.encoder(x)
+        z_q, codes, codebook_loss, commitment_loss = self.quantizer(z)
+        return self.decoder(z_q), codes, codebook_loss, commitment_loss, z
+
+    @torch.no_grad()
+    def encode(self, x, batch_size=256):
+        """Images (B, C, H, W) in [-1, 1] to codes (B, h·w), long, in raster order."""
+        return torch.cat([self.quantizer(self.encoder(b))[1] for b in x.split(batch_size)])
+
+    @torch.no_grad()
+    def decode(self, codes, batch_size=256):
+        """Codes (B, h·w) of square images to images (B, C, H, W) in [-1, 1]."""
+        h = math.isqrt(codes.size(1))
+        return torch.cat([self.decoder(self.quantizer.lookup(b, h)).float() for b in codes.split(batch_size)]).clamp(-1, 1)
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors."""
+        save_folder(folder, {"kind": "vqgan", **dataclasses.asdict(self.config)}, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cpu"):
+        """Read what save_pretrained wrote."""
+        config, tensors = load_folder(folder, "vqgan.py", ("kind", "vqgan"))
+        config.pop("kind")
+        return load_weights(cls(VQGANConfig(**config)), tensors, folder).to(device)
+
+
+class PatchDiscriminator(nn.Module):
+    """Real or reconstructed, patch by patch: (B, C, H, W) to logits (B, 1, h, w) and inner features."""
+
+    def __init__(self, channels, width=32):
+        super().__init__()
+        block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 4, stride=2, padding=1), nn.LeakyReLU(0.2))
+        self.blocks = nn.ModuleList([block(channels, width), block(width, 2 * width)])
+        self.last = nn.Conv2d(2 * width, 1, 3, padding=1)
+
+    def forward(self, x):
+        features = []
+        for block in self.blocks:
+            x = block(x)
+            features.append(x)
+        return self.last(x), features
+
+
+def d_hinge_loss(real, fake):
+    """Hinge loss of the discriminator: real logits over 1, fake ones under −1."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def adaptive_weight(rec_loss, g_loss, last):
+    """λ = ‖∇ rec_loss‖ / (‖∇ g_loss‖ + 1e-6) at the decoder's last weight (Eq. 7, arXiv:2012.09841)."""
+    rec, = torch.autograd.grad(rec_loss, last, retain_graph=True)
+    adv, = torch.autograd.grad(g_loss, last, retain_graph=True)
+    return (rec.norm() / (adv.norm() + 1e-6)).clamp(0, 1e4).detach()
+
+
+def reconstruction_loss(x, x_rec, cfg):
+    """L1 and squared error per pixel, and squared error after 4x4 pooling."""
+    pooled = F.mse_loss(F.avg_pool2d(x_rec, 4), F.avg_pool2d(x, 4))
+    return cfg.l1_weight * F.l1_loss(x_rec, x) + cfg.l2_weight * F.mse_loss(x_rec, x) + cfg.pooled_weight * pooled
+
+
+def feature_loss(features_rec, features):
+    """Feature matching: L1 between the discriminator's layers on x_rec and on x (arXiv:1711.11585)."""
+    return sum(F.l1_loss(a, b.detach()) for a, b in zip(features_rec, features)) / len(features)
+
+
+def psnr(x, x_rec):
+    """Peak signal to noise ratio in dB of images in [-1, 1]: the peak is 2. (B,)"""
+    return 10 * torch.log10(4 / (x - x_rec).square().flatten(1).mean(dim=1).clamp(min=1e-10))
+
+
+def codebook_figures(vqgan, codes):
+    """Share of codes in use, exp(entropy) of use, and the share with another code within 8 degrees."""
+    K = vqgan.config.codebook_size
+    p = torch.bincount(codes.flatten(), minlength=K).float()
+    p = p / p.sum()
+    rows = vqgan.quantizer.rows()
+    nearest = (rows @ rows.T - 2 * torch.eye(K, device=rows.device)).amax(dim=1)
+    return {"codebook/usage": (p > 0).float().mean(), "codebook/near_duplicates": (nearest > 0.99).float().mean(),
+            "codebook/perplexity": torch.exp(-(p * p.clamp(min=1e-12).log()).sum())}
+
+
+@torch.no_grad()
+def validate(vqgan, x):
+    """Figures of held-out images (B, C, H, W)."""
+    codes = vqgan.encode(x)
+    return {"val/psnr": psnr(x, vqgan.decode(codes)).mean(), **codebook_figures(vqgan, codes)}
+
+
+def train(cfg):
+    """Train the tokenizer and write out/vqgan."""
+    device, autocast = init_run(cfg)
+    config = VQGANConfig(cfg.image_size, cfg.channels, WIDTHS[cfg.preset], cfg.codebook_size, cfg.code_dim)
+    vqgan = VQGAN(config).to(device, memory_format=torch.channels_last)
+    disc = PatchDiscriminator(cfg.channels).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vqgan.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    d_optimizer = torch.optim.AdamW(disc.parameters(), lr=0.2 * cfg.lr, betas=(0.5, 0.9), weight_decay=0.0)
+    folder, figures = begin_stage(cfg, "vqgan", [vqgan, disc], [optimizer, d_optimizer])
+    start = figures.get("step", 0)
+
+    data = open_data(cfg)
+    images = image_stack(data["train"], cfg.images, cfg.mask_share, cfg.channels, cfg.seed)
+    val = to_pixels(image_stack(data["val"], 256, cfg.mask_share, cfg.channels, cfg.seed)).to(device)
+    log = Log(f"{cfg.out}/vqgan.jsonl", "vqgan", cfg.steps, start)
+    for step in range(start, cfg.steps):
+        set_lr([optimizer, d_optimizer], get_lr(step, cfg.steps, warmup=20))
+        x = to_pixels(images[batch_indices(len(images), cfg.batch_size, step, cfg.seed)]).to(device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        adversary = step >= cfg.disc_start and cfg.disc_weight > 0
+
+        with autocast():
+            x_rec, codes, codebook_loss, commitment_loss, z = vqgan(x)
+            rec_loss = reconstruction_loss(x, x_rec.float(), cfg)
+            g_loss = matching = d_weight = torch.zeros((), device=device)
+            if adversary:
+                fake, fake_features = disc(x_rec)
+                g_loss, matching = -fake.float().mean(), feature_loss(fake_features, disc(x)[1])
+                d_weight = cfg.disc_weight * adaptive_weight(rec_loss, g_loss, vqgan.decoder.last.weight)
+            loss = rec_loss + codebook_loss + cfg.beta * commitment_loss \
+                + d_weight * g_loss + cfg.feature_weight * matching
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+        d_loss = torch.zeros((), device=device)
+        if adversary:
+            with autocast():
+                d_loss = d_hinge_loss(disc(x)[0].float(), disc(x_rec.detach())[0].float())
+            d_optimizer.zero_grad(set_to_none=True)
+            d_loss.backward()
+            d_optimizer.step()
+
+        vqgan.quantizer.idle += 1
+        vqgan.quantizer.idle[codes.unique()] = 0
+        if step % cfg.renew_every == 0 and step < 0.8 * cfg.steps:       # the last fifth settles
+            torch.manual_seed(cfg.seed + step)                          # a resumed run draws alike
+            vqgan.quantizer.renew(z.detach(), cfg.renew_every)
+
+        if step % cfg.log_every == 0 or step == cfg.steps - 1:
+            with autocast():
+                held_out = validate(vqgan, val)
+            log(step, ("loss", "psnr", "val/psnr"), loss=loss, rec_loss=rec_loss, codebook_loss=codebook_loss,
+                commitment_loss=commitment_loss, g_loss=g_loss, feature_loss=matching, d_loss=d_loss,
+                d_weight=d_weight, psnr=psnr(x, x_rec.float().detach()).mean(), lr=optimizer.param_groups[0]["lr"],
+                **held_out)
+        log.bar.update()
+        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
+            save_state(folder, step + 1, [vqgan, disc], [optimizer, d_optimizer])
+    log.close()
+    save_state(folder, cfg.steps, [vqgan, disc], [optimizer, d_optimizer])
+    vqgan.save_pretrained(folder)
+    finish_stage(cfg, "vqgan")
+    tqdm.write(f"wrote {cfg.out}/vqgan")
+
+
+def main(argv=None):
+    """Command line."""
+    train(cli(VQGANTrainConfig, PRESETS, argv, __doc__))
+
+
+if __name__ == "__main__":
+    run(main)
