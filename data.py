@@ -267,7 +267,7 @@ def draw_chest(c, spec, place):
     if f := found.get("nodule"):
         r = place("nodule")
         x, y = sign(f.side) * r.uniform(0.40, 0.58), {"upper": -0.40, "lower": 0.15}[f.place] + r.uniform(-0.12, 0.12)
-        c.paint(c.ellipse(x, y, *[r.uniform(0.085, 0.11)] * 2), 0.92, "nodule")
+        c.paint(c.ellipse(x, y, *[r.uniform(0.10, 0.125)] * 2), 0.92, "nodule")
 
 
 def draw_skull(c, a, bone, brain):
@@ -301,9 +301,9 @@ def draw_head_ct(c, spec, place):
         c.masks["hydrocephalus"] = c.masks["ventricles"]
     if f := found.get("infarct"):
         r, s = place("infarct"), sign(f.side)
-        radius = 0.30 if f.size == "large" else 0.19
-        wedge = c.ellipse(s * (rx - 0.06), r.uniform(0.25, 0.40), radius, radius * 1.1) * inside
-        c.paint(wedge, 0.22, "infarct")
+        radius = 0.32 if f.size == "large" else 0.21
+        wedge = c.ellipse(s * (rx - 0.10), r.uniform(0.22, 0.36), radius, radius * 1.1) * inside
+        c.paint(wedge, 0.18, "infarct")
     if f := found.get("haemorrhage"):
         r, s = place("haemorrhage"), sign(f.side)
         radius = (0.21 if f.size == "large" else 0.12) + r.uniform(-0.01, 0.01)
@@ -311,7 +311,7 @@ def draw_head_ct(c, spec, place):
                 0.85, "haemorrhage")
     if f := found.get("subdural"):
         r, s = place("subdural"), sign(f.side)
-        thick = r.uniform(0.10, 0.13)
+        thick = r.uniform(0.13, 0.17)
         crescent = inside * (1 - c.ellipse(-s * thick, 0, rx, ry + 0.02)) * (s * c.x > 0)
         c.paint(crescent, 0.68, "subdural")
 
@@ -336,14 +336,14 @@ def draw_brain_mri(c, spec, place):
         r = place("lesions")
         for side in LR:
             for y in (-0.50, -0.22, 0.12):
-                spot = c.ellipse(sign(side) * r.uniform(0.25, 0.40), y + r.uniform(-0.06, 0.06), 0.05, 0.05)
+                spot = c.ellipse(sign(side) * r.uniform(0.25, 0.40), y + r.uniform(-0.06, 0.06), 0.058, 0.058)
                 c.paint(spot, 0.95, "lesions")
     if f := found.get("tumour"):
         r, s = place("tumour"), sign(f.side)
-        radius = (0.20 if f.size == "large" else 0.13) + r.uniform(-0.01, 0.01)
+        radius = (0.22 if f.size == "large" else 0.15) + r.uniform(-0.01, 0.01)
         x, y = s * r.uniform(0.32, 0.38), r.uniform(-0.38, -0.22)
         c.paint(c.ellipse(x, y, radius, radius), 0.92, "tumour")
-        c.paint(c.ellipse(x, y, radius * 0.55, radius * 0.55), 0.20)
+        c.paint(c.ellipse(x, y, radius * 0.5, radius * 0.5), 0.40)
     if f := found.get("cyst"):
         r, s = place("cyst"), sign(f.side)
         c.paint(c.ellipse(s * (rx - 0.16), r.uniform(0.02, 0.12), 0.13, 0.17) * inside, 0.02, "cyst")
@@ -698,6 +698,19 @@ def fill_splits(splits, folder):
         tqdm.write(f"{folder}: {len(shared)} training rows dropped: their subjects are also in validation or test")
         splits["train"] = [r for r in splits["train"] if r.subject not in held]
     return splits
+
+
+def data_name(cfg):
+    """What a model trained with these flags was trained on, as its config.json says it."""
+    return str(Path(cfg.data).resolve()) if cfg.data else f"phantoms --bias {cfg.bias:g}"
+
+
+def check_data(trained_on, cfg, folder):
+    """Raise UserError if the model in `folder` was trained on other data than cfg names."""
+    if trained_on != data_name(cfg):
+        flags = f"--{trained_on.split(' --')[1]}" if trained_on.startswith("phantoms") else f"--data {trained_on}"
+        raise UserError(f"{folder} was trained on {trained_on}, not on {data_name(cfg)}: say {flags}, or name "
+                        "another --out")
 
 
 def open_data(cfg):

@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import sft as sft_stage
-from data import (DISTORTIONS, INSTRUCTIONS, Pair, Vocabulary, build_pairs, collate, encode_records, make_example,
+from data import (DISTORTIONS, INSTRUCTIONS, Pair, Vocabulary, build_pairs, check_data, collate, encode_records, make_example,
                   open_data)
 from model import (GPT, Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage, get_lr,
                    init_run, make_optimizers, pick, read_tensors, run, save_state, sequence_logps, set_lr, weights_hash)
@@ -50,7 +50,7 @@ class DPOConfig(RunConfig):
     steps: int = arg(300, "optimizer steps")
     batch_size: int = arg(16, "pairs a step")
     pairs: int = arg(4800, "pairs to build, from as many training records")
-    distort: tuple = arg(("remove",), "kinds of distortion, mixed evenly: " + " ".join(DISTORTIONS))
+    distort: tuple = arg(("remove", "add"), "kinds of distortion, mixed evenly: " + " ".join(DISTORTIONS))
     strength: int = arg(500, "noise and region-noise: DDPM step, 1 to 1000")
     pair_temperature: float = arg(1.0, "temperature of the SFT model's reports on distorted images")
     beta: float = arg(0.2, "preference strength β: how far rewards follow log-ratios, per nat")
@@ -122,8 +122,7 @@ def pair_examples(pair, vocab, wording):
 def pair_batch(pairs, indices, vocab, seed, n_sequences, device):
     """ids and labels (n_sequences·B, T) of some pairs, one kind of sequence after the other.
 
-    A pair's wording hangs on (seed, index) alone, so policy and reference see the same tokens. Every
-    batch is padded to one length: the reference's numbers are then the policy's to the last bit."""
+    A pair's wording hangs on (seed, index) alone, so policy and reference see the same tokens."""
     rows = [pair_examples(pairs[i], vocab, int(np.random.default_rng([seed, 6, int(i)]).integers(3))) for i in indices]
     return collate([row[k] for k in range(n_sequences) for row in rows], vocab.pad, device)
 
@@ -146,7 +145,9 @@ def load_sft(cfg, device):
     if not folder.exists():
         tqdm.write(f"{folder} is missing: instruction tuning first")
         sft_stage.train(pick(sft_stage.SFTConfig, cfg, **sft_stage.PRESETS[cfg.preset]))
-    return GPT.from_pretrained(folder, device), Vocabulary.load(folder)
+    model = GPT.from_pretrained(folder, device)
+    check_data(model.config.data, cfg, folder)
+    return model, Vocabulary.load(folder)
 
 
 def check_tokenizer(model, vqgan, folder):

@@ -56,7 +56,7 @@ class GPTConfig:
     # ours; other tools carry these along unread
     image_token_start: int | None = None  # id of image code 0; ids below are text
     vqgan_hash: str = ""                  # the tokenizer of images that this model was trained with
-    preset: str = ""                      # the preset that shaped the data (image size, channels)
+    data: str = ""                        # what it was trained on: a folder, or "phantoms" and their bias
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -231,11 +231,18 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
-        """Read a folder written here or by transformers. Raises UserError if it holds anything else."""
+        """Read a folder written here or by transformers, in one model.safetensors file.
+
+        Raises UserError for another architecture, and for stretched positions, which this file lacks."""
         config, tensors = load_folder(folder, "sft.py", ("model_type", "qwen3"))
-        config.setdefault("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta", 10000.0))
-        known = {f.name for f in dataclasses.fields(GPTConfig)}
-        model = cls(GPTConfig(**{k: v for k, v in config.items() if k in known}))
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        if rope.get("rope_type", "default") != "default" or config.get("hidden_act", "silu") != "silu":
+            raise UserError(f"{folder} uses {rope.get('rope_type')} positions and {config.get('hidden_act')}; only "
+                            "Qwen3's default RoPE and silu are written here")
+        config.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+        model = cls(make_config(GPTConfig, config, folder))
+        if model.config.tie_word_embeddings:      # some folders store the tied head a second time
+            tensors.pop("lm_head.weight", None)
         return load_weights(model, tensors, folder).to(device)
 
 
@@ -270,6 +277,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
         ordered, order = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(dim=-1)
         drop = p.cumsum(dim=-1) - p >= top_p        # keeps the token that crosses top_p
+        drop[:, 0] = False                          # and the likeliest in any case
         logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
     noise = torch.empty_like(logits).exponential_(generator=generator)
     return (logits.softmax(dim=-1) / noise).argmax(dim=-1)      # the exponential race draws from softmax
@@ -364,7 +372,7 @@ def cli(Config, presets, argv=None, doc=None):
     """Parse flags into a Config (a dataclass of `arg` fields): defaults, then preset, then flags given.
 
     presets maps a preset's name to its values. Unknown flags exit with status 2, as argparse does."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
         flag, options = "--" + f.name.replace("_", "-"), dict(f.metadata)
         if options.pop("positional", False):
@@ -375,12 +383,19 @@ def cli(Config, presets, argv=None, doc=None):
         elif f.type is tuple:
             options |= dict(nargs="+", type=type(f.default[0]))
         else:
-            options["type"] = f.type
+            options["type"] = positive if f.type is int and f.name != "seed" and f.default else f.type
         parser.add_argument(flag, default=argparse.SUPPRESS, **options | {
             "help": f"{options['help']} (default: {show_default(f.default)})"})
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "small")
     return Config(**{**SHARED_PRESETS[preset], **presets[preset], **given})
+
+
+def positive(text):
+    """A whole number over 0; argparse turns the ValueError into a sentence about the flag."""
+    if int(text) <= 0:
+        raise ValueError(text)
+    return int(text)
 
 
 def show_default(value):
@@ -468,10 +483,20 @@ def load_folder(folder, writer, expect):
         tensors = read_tensors(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} is not a model folder ({error}); remove it and run `python {writer}` again")
-    if config.get(expect[0]) != expect[1]:
-        raise UserError(f"{folder}/config.json says {expect[0]} {config.get(expect[0])!r}, not {expect[1]!r}: "
+    found = config.get(expect[0]) if isinstance(config, dict) else None
+    if found != expect[1]:
+        raise UserError(f"{folder}/config.json says {expect[0]} {found!r}, not {expect[1]!r}: "
                         f"name a folder that `python {writer}` wrote")
     return config, tensors
+
+
+def make_config(Config, values, folder):
+    """A config dataclass from the JSON of a folder; keys that others wrote are passed over."""
+    known = {f.name for f in dataclasses.fields(Config)}
+    try:
+        return Config(**{k: v for k, v in values.items() if k in known})
+    except TypeError as error:
+        raise UserError(f"{folder}/config.json is not whole ({error}); train the folder again")
 
 
 def load_weights(model, tensors, folder):
@@ -528,7 +553,7 @@ def load_state(folder, models, optimizers):
         for i, model in enumerate(models):
             prefix = f"model.{i}."
             model.load_state_dict({k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)})
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not fit this run ({' '.join(str(error).split())[:120]}); "
                         "use the flags it was started with, or leave out --resume")
     for i, optimizer in enumerate(optimizers):
@@ -549,7 +574,11 @@ def begin_stage(cfg, name, models, optimizers):
     final, partial = Path(cfg.out) / name, Path(cfg.out) / f"{name}.partial"
     source = next((f for f in (partial, final) if (f / "state.safetensors").exists()), None)
     if cfg.resume and source:
-        return partial, load_state(source, models, optimizers)
+        figures = load_state(source, models, optimizers)
+        if figures["step"] > cfg.steps:
+            raise UserError(f"--resume: {source} has {figures['step']} steps behind it, --steps {cfg.steps} is less; "
+                            "name more, or leave out --resume")
+        return partial, figures
     if cfg.resume:
         raise UserError(f"--resume: neither {partial} nor {final} holds a state.safetensors; leave out --resume")
     if (partial / "state.safetensors").exists():
@@ -574,8 +603,8 @@ class Log:
     def __init__(self, path, title, steps, start=0):
         """Lines of an earlier run from step `start` on are dropped, the rest kept."""
         self.path, lines = Path(path), []
-        if start and self.path.exists():
-            lines = [s for s in self.path.read_text().splitlines() if json.loads(s)["step"] < start]
+        if start and self.path.exists():          # a killed run may have left half a line: it lacks the brace
+            lines = [s for s in self.path.read_text().splitlines() if s.endswith("}") and json.loads(s)["step"] < start]
         write_text(self.path, "".join(s + "\n" for s in lines))
         self.bar = tqdm(total=steps, initial=start, desc=title, unit="step", dynamic_ncols=True)
 

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import (BODY_PHRASES, COMPANIONS, DISTORTIONS, MAX_TEXT, MODALITY_PHRASES, BadRow, Finding, Phantoms,
-                  Vocabulary, add_noise, encode_images, key, lexicon, match_findings, open_data, read_findings,
+from data import (BODY_PHRASES, COMPANIONS, MAX_TEXT, MODALITY_PHRASES, BadRow, Finding, Phantoms,
+                  Vocabulary, add_noise, check_data, encode_images, key, lexicon, match_findings, open_data, read_findings,
                   read_image, read_term, stack, to_images, to_pixels)
 from model import (GPT, RunConfig, UserError, arg, batch_indices, cli, generate, get_lr, init_run, load_folder,
                    load_weights, run, save_folder, set_lr, weights_hash, write_text)
@@ -83,14 +83,13 @@ def find_models(out):
     return sorted(names, key=lambda n: (["sft", "control"].index(n) if n in ("sft", "control") else 2, n))
 
 
-def draw_images(model, vocab, texts, cfg, seed=0, guidance=None):
-    """Codes (n, N) of images drawn for reports, exactly N image codes each."""
-    guidance = cfg.guidance if guidance is None else guidance
-    n_codes = (model.config.max_position_embeddings - 2 * MAX_TEXT) // 2
+def draw_images(model, vocab, vqgan, texts, cfg, guidance):
+    """Images (n, C, H, W) drawn for reports, each from exactly h·w image codes."""
+    n_codes = vqgan.config.grid ** 2
     rows = generate(model, [vocab.draw(f"Draw this: {t}") for t in texts], n_codes, vocab.image_range,
                     temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, guidance=guidance,
-                    unconditional=[vocab.draw("")] * len(texts), seed=seed)
-    return torch.tensor([vocab.ids_to_codes(r) for r in rows], device=model.device)
+                    unconditional=[vocab.draw("")] * len(texts), seed=cfg.seed)
+    return vqgan.decode(torch.tensor([vocab.ids_to_codes(r) for r in rows], device=model.device))
 
 
 def draw_masks(model, vocab, codes, structures, vqgan):
@@ -238,8 +237,9 @@ def train_judge(records, folder, cfg, device, autocast):
         set_lr([optimizer], get_lr(step, cfg.judge_steps, warmup=20))
         i = batch_indices(len(images), 64, step, cfg.seed)
         x = to_pixels(images[i]).to(device)
-        if rng.random() < 0.5:            # soft images too: reconstructions are, and their findings count
-            x = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
+        # soft and noisy images too: reconstructions and drawings are, and what they show still counts
+        soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
+        x = torch.lerp(x, soft, float(rng.uniform(0, 1.2))) + float(rng.uniform(0, 0.15)) * torch.randn_like(x)
         with autocast():
             loss = F.binary_cross_entropy_with_logits(judge(x)[0].float(), targets[i].to(device))
         optimizer.zero_grad(set_to_none=True)
@@ -360,26 +360,26 @@ def evaluate_reports(model, vocab, bench):
     return result
 
 
-def evaluate_drawings(model, vocab, vqgan, bench, autocast):
+def evaluate_drawings(model, vocab, vqgan, bench, autocast, guidance):
     """Report -> image, read by the judge."""
-    have = [i for i, r in enumerate(bench.records) if r.text]
-    if not have or bench.judge is None:
+    have = [bool(r.text) for r in bench.records]
+    if not any(have) or bench.judge is None:
         return {}
-    cfg, result = bench.cfg, {}
-    codes = draw_images(model, vocab, [r.text for r in bench.records], cfg, cfg.seed)
-    with autocast():
-        findings, labels, features = judge_images(bench.judge, vqgan.decode(codes), autocast)
-        real = judge_images(bench.judge, bench.pixels, autocast)[2]
+    result = {}
+    drawn = draw_images(model, vocab, vqgan, [r.text for r in bench.records], bench.cfg, guidance)
+    findings, labels, features = judge_images(bench.judge, drawn, autocast)
     if bench.known and bench.phrases:
         scores, _ = score_findings(findings, bench.records, bench.ratios)
         recall, resampled, n = scores["recall"]
         result = {"f1": scores["f1"], "extra": scores["chair_i"], "missing": (1 - recall, 1 - resampled, n)}
     for kind in ("modality", "body_part"):
         if any(getattr(r, kind) for r in bench.records):
-            result[kind] = bench.ratios([f"{kind}:{getattr(r, kind)}" in row for r, row in zip(bench.records, labels)])
-    if len(have) > 1:
-        result["frechet"] = (frechet(features, real), np.array([]), len(have))
-    return {f"generate/cfg{cfg.guidance:g}/{k}": v for k, v in result.items()}
+            result[kind] = bench.ratios([f"{kind}:{getattr(r, kind)}" in row for r, row in zip(bench.records, labels)],
+                                        have)
+    if len(bench.records) > 1:
+        real = judge_images(bench.judge, bench.pixels, autocast)[2]
+        result["frechet"] = (frechet(features, real), np.array([]), len(bench.records))
+    return {f"generate/cfg{guidance:g}/{k}": v for k, v in result.items()}
 
 
 def evaluate_answers(model, vocab, bench):
@@ -418,13 +418,15 @@ def evaluate(cfg):
     names = find_models(cfg.out)
     vqgan = load_tokenizer(cfg, device)
     loaded = {name: load_gpt(Path(cfg.out) / name, vqgan, device) for name in names}
+    check_data(loaded[names[0]][0].config.data, cfg, Path(cfg.out) / names[0])
     bench = make_benchmark(cfg, vqgan, device, autocast)
     results = {"vqgan": evaluate_reconstruction(vqgan, bench, autocast)}
     for name, (model, vocab) in tqdm(loaded.items(), desc="evaluating", unit="model", leave=False):
         with autocast():
             results[name] = {**evaluate_reports(model, vocab, bench), **evaluate_answers(model, vocab, bench),
                              **evaluate_masks(model, vocab, vqgan, bench),
-                             **evaluate_drawings(model, vocab, vqgan, bench, autocast)}
+                             **evaluate_drawings(model, vocab, vqgan, bench, autocast, 1.0),
+                             **evaluate_drawings(model, vocab, vqgan, bench, autocast, cfg.guidance)}
     written = {name: {k: summarize(v) for k, v in result.items()} for name, result in results.items()}
     for name in names:
         if "control" in results and name not in ("sft", "control"):
@@ -481,46 +483,44 @@ def contact_sheet(loaded, vqgan, bench, autocast, rows=6, size=128):
 
     Sentences that state a finding the image does not show are red."""
     n = min(rows, len(bench.records))
-    pick = spread(bench, n)
-    records, codes = [bench.records[i] for i in pick], bench.codes[pick]
+    shown = spread(bench, n)
+    records, codes = [bench.records[i] for i in shown], bench.codes[shown]
     texts = [r.text or "Which modality is this?" for r in records]
-    columns = {"image": bench.pixels[pick], "codes": vqgan.decode(torch.as_tensor(codes, device=bench.pixels.device).long())}
+    own = torch.as_tensor(codes, device=bench.pixels.device).long()
+    columns = {"image": bench.pixels[shown], "from its codes": vqgan.decode(own)}
     reports = {}
     with autocast():
         for name, (model, vocab) in loaded.items():
-            columns[f"drawn: {name}"] = vqgan.decode(draw_images(model, vocab, texts, bench.cfg))
+            columns[f"drawn: {name}"] = draw_images(model, vocab, vqgan, texts, bench.cfg, bench.cfg.guidance)
             reports[name] = write_reports(model, list(codes), vocab)
-    width = size * len(columns) + 560
-    sheet = Image.new("RGB", (width, 24 + n * (size + 8)), PALE)
+    left, column = size * len(columns) + 8, 270
+    sheet = Image.new("RGB", (left + column * (1 + len(loaded)), 24 + n * (size + 8)), PALE)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for j, (title, images) in enumerate(columns.items()):
         pen.text((j * size + 4, 5), title, INK, font)
         for i in range(n):
             sheet.paste(tile(images[i], size - 4), (j * size + 2, 24 + i * (size + 8)))
-    for i, record in enumerate(records):
-        y = 24 + i * (size + 8)
-        for title, text in (("truth", record.text), *((name, reports[name][i]) for name in loaded)):
-            y = write_coloured(pen, font, (size * len(columns) + 8, y), title, text, record, bench)
+    for j, (title, texts) in enumerate([("true report", texts), *((f"report: {k}", v) for k, v in reports.items())]):
+        pen.text((left + j * column, 5), title, INK, font)
+        for i, (text, record) in enumerate(zip(texts, records)):
+            write_coloured(pen, font, (left + j * column, 24 + i * (size + 8)), text, record, bench)
     return sheet
 
 
 def spread(bench, n):
-    """n records to show: those with findings first, since they are worth a look."""
+    """n records to show: those with several findings first, since they are worth a look."""
     order = sorted(range(len(bench.records)), key=lambda i: -min(2, len(bench.records[i].findings or ())))
     return order[:n]
 
 
-def write_coloured(pen, font, at, title, text, record, bench):
-    """Write a report, hallucinating sentences in red; returns the y below it."""
-    x, y = at
-    true = {key(f) for f in record.findings or ()}
-    pen.text((x, y), f"{title}:", GRID and (110, 110, 110), font)
-    for sentence in text.replace(". ", ".\n").split("\n"):
+def write_coloured(pen, font, at, text, record, bench):
+    """Write a report from `at` down, sentences that state what the image does not show in red."""
+    (x, y), true = at, {key(f) for f in record.findings or ()}
+    lines = [(line, sentence) for sentence in text.replace(". ", ".\n").split("\n") for line in wrap(sentence, 42)]
+    for line, sentence in lines[:9]:
         wrong = record.findings is not None and any(key(f) not in true for f in read_findings(sentence, bench.phrases))
-        for line in wrap(sentence, 76)[:3]:
-            pen.text((x + 58, y), line, COLOURS[1] if wrong else INK, font)
-            y += 13
-    return y + 3
+        pen.text((x, y), line, COLOURS[1] if wrong else INK, font)
+        y += 14
 
 
 PANELS = (("vqgan", ("psnr", "val/psnr")), ("vqgan", ("codebook/usage", "codebook/near_duplicates")),
@@ -599,8 +599,8 @@ def answer_user(cfg):
     how = dict(temperature=cfg.temperature if cfg.sample else 0.0, seed=cfg.seed, top_k=cfg.top_k, top_p=cfg.top_p)
     with autocast():
         if command == "generate":
-            codes = draw_images(model, vocab, [" ".join(words)] * cfg.count, cfg, cfg.seed)
-            tiles = [tile(x, 256) for x in vqgan.decode(codes)]
+            drawn = draw_images(model, vocab, vqgan, [" ".join(words)] * cfg.count, cfg, cfg.guidance)
+            tiles = [tile(x, 256) for x in drawn]
             return save_row(tiles, Path(cfg.out) / "generate.png")
         files = words if command == "report" else words[:1]
         images = [read_user_image(f, cfg) for f in files]

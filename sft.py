@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import vqgan as tokenizer_stage
-from data import (INSTRUCTIONS, MAX_TEXT, Vocabulary, all_texts, collate, encode_records, lexicon, make_example,
+from data import (INSTRUCTIONS, MAX_TEXT, Vocabulary, all_texts, collate, data_name, encode_records, lexicon, make_example,
                   match_findings, open_data, read_findings)
 from model import (GPT, GPTConfig, Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage,
                    generate, get_lr, init_run, make_optimizers, per_token_logps, pick, run, save_state, set_lr,
@@ -65,6 +65,9 @@ def load_vqgan(cfg, device):
     if (vqgan.config.image_size, vqgan.config.channels) != (cfg.image_size, cfg.channels):
         raise UserError(f"{folder} was trained for {vqgan.config.image_size} pixels and {vqgan.config.channels} "
                         f"channel(s), not {cfg.image_size} and {cfg.channels}: use its flags, or another --out")
+    if vqgan.config.data != data_name(cfg).split(" --")[0]:
+        raise UserError(f"{folder} was trained on {vqgan.config.data}, not on {data_name(cfg).split(' --')[0]}: "
+                        "name another --out, or remove the folder to train it again")
     return vqgan
 
 
@@ -127,14 +130,14 @@ def train(cfg):
     if not studies:
         raise UserError("no training record serves a task whose share is above 0; raise --report-share or another")
 
-    vocab = Vocabulary.train(all_texts(s for s in data["train"]), vqgan.config.codebook_size, cfg.text_vocab)
+    vocab = Vocabulary.train(all_texts(data["train"]), vqgan.config.codebook_size, cfg.text_vocab)
     phrases = lexicon(data["train"])
     torch.manual_seed(cfg.seed)
     tokens = len(studies[0].codes)
     model = GPT(GPTConfig(vocab.size, **SHAPES[cfg.preset], max_position_embeddings=2 * tokens + 2 * MAX_TEXT,
                           pad_token_id=vocab.pad, bos_token_id=vocab.bos, eos_token_id=vocab.eos,
                           image_token_start=vocab.image_start, vqgan_hash=weights_hash(vqgan),
-                          preset=cfg.preset)).to(device)
+                          data=data_name(cfg))).to(device)
     best = GPT(model.config).to(device)                      # the weights with the best validation so far
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, cfg.weight_decay)
     folder, figures = begin_stage(cfg, "sft", [model, best], optimizers)

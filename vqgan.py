@@ -29,9 +29,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import image_stack, open_data, to_pixels
+from data import data_name, image_stack, open_data, to_pixels
 from model import (Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage, get_lr, init_run,
-                   load_folder, load_weights, run, save_folder, save_state, set_lr)
+                   load_folder, load_weights, make_config, run, save_folder, save_state, set_lr)
 
 
 @dataclass
@@ -40,9 +40,13 @@ class VQGANConfig:
 
     image_size: int = 64
     channels: int = 1
-    widths: tuple = (48, 96, 128)    # channels after each halving
+    widths: tuple = (32, 96, 192)    # channels after each halving
     codebook_size: int = 512
     code_dim: int = 8
+    data: str = ""                   # what it was trained on: a folder, or "phantoms"
+
+    def __post_init__(self):
+        self.widths = tuple(self.widths)     # JSON gives a list
 
     @property
     def grid(self):
@@ -52,9 +56,9 @@ class VQGANConfig:
 
 @dataclass
 class VQGANTrainConfig(RunConfig):
-    steps: int = arg(900, "optimizer steps")
+    steps: int = arg(1200, "optimizer steps")
     batch_size: int = arg(32, "images a step")
-    lr: float = arg(2e-3, "peak learning rate (AdamW)")
+    lr: float = arg(1.2e-3, "peak learning rate (AdamW)")
     images: int = arg(8000, "training images held in memory, masks drawn as images among them")
     mask_share: float = arg(0.12, "share of those that are masks, so that `segment` can draw them")
     codebook_size: int = arg(512, "number of codes")
@@ -63,7 +67,7 @@ class VQGANTrainConfig(RunConfig):
     l1_weight: float = arg(0.3, "weight of the absolute error")
     l2_weight: float = arg(4.0, "weight of the squared error")
     pooled_weight: float = arg(10.0, "weight of the squared error of 4x4-pooled images")
-    disc_start: int = arg(700, "step at which the adversary joins; reconstructions first")
+    disc_start: int = arg(1000, "step at which the adversary joins; reconstructions first")
     disc_weight: float = arg(0.1, "factor on the adaptive weight of the adversarial loss; 0: no adversary")
     feature_weight: float = arg(0.2, "weight of feature matching, from disc_start on")
     renew_every: int = arg(20, "steps between looks for unused codes")
@@ -74,7 +78,7 @@ class VQGANTrainConfig(RunConfig):
 
 PRESETS = {"tiny": dict(steps=60, batch_size=16, images=200, codebook_size=64, disc_start=50, renew_every=5),
            "small": {}, "base": dict(steps=20000, codebook_size=1024, images=60000, disc_start=8000, lr=4e-4)}
-WIDTHS = {"tiny": (16, 32, 32), "small": (48, 96, 128), "base": (128, 256, 256, 512)}
+WIDTHS = {"tiny": (16, 32, 32), "small": (32, 96, 192), "base": (128, 256, 256, 512)}
 
 
 class ResBlock(nn.Module):
@@ -164,7 +168,7 @@ class VectorQuantizer(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """Encoder, quantizer and decoder. Images are (B, C, H, W) in [-1, 1]; any size divisible by f."""
+    """Encoder, quantizer and decoder. Images are (B, C, H, W) in [-1, 1]; any square size divisible by f."""
 
     def __init__(self, config):
         super().__init__()
@@ -190,6 +194,7 @@ class VQGAN(nn.Module):
     def decode(self, codes, batch_size=256):
         """Codes (B, h·w) of square images to images (B, C, H, W) in [-1, 1]."""
         h = math.isqrt(codes.size(1))
+        assert h * h == codes.size(1), "only square images: codes do not say their shape"
         return torch.cat([self.decoder(self.quantizer.lookup(b, h)).float() for b in codes.split(batch_size)]).clamp(-1, 1)
 
     def save_pretrained(self, folder):
@@ -200,8 +205,7 @@ class VQGAN(nn.Module):
     def from_pretrained(cls, folder, device="cpu"):
         """Read what save_pretrained wrote."""
         config, tensors = load_folder(folder, "vqgan.py", ("kind", "vqgan"))
-        config.pop("kind")
-        return load_weights(cls(VQGANConfig(**config)), tensors, folder).to(device)
+        return load_weights(cls(make_config(VQGANConfig, config, folder)), tensors, folder).to(device)
 
 
 class PatchDiscriminator(nn.Module):
@@ -270,7 +274,8 @@ def validate(vqgan, x):
 def train(cfg):
     """Train the tokenizer and write out/vqgan."""
     device, autocast = init_run(cfg)
-    config = VQGANConfig(cfg.image_size, cfg.channels, WIDTHS[cfg.preset], cfg.codebook_size, cfg.code_dim)
+    config = VQGANConfig(cfg.image_size, cfg.channels, WIDTHS[cfg.preset], cfg.codebook_size, cfg.code_dim,
+                         data_name(cfg).split(" --")[0])
     vqgan = VQGAN(config).to(device, memory_format=torch.channels_last)
     disc = PatchDiscriminator(cfg.channels).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vqgan.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -283,7 +288,7 @@ def train(cfg):
     val = to_pixels(image_stack(data["val"], 256, cfg.mask_share, cfg.channels, cfg.seed)).to(device)
     log = Log(f"{cfg.out}/vqgan.jsonl", "vqgan", cfg.steps, start)
     for step in range(start, cfg.steps):
-        set_lr([optimizer, d_optimizer], get_lr(step, cfg.steps, warmup=20))
+        set_lr([optimizer, d_optimizer], get_lr(step, cfg.steps, warmup=40))
         x = to_pixels(images[batch_indices(len(images), cfg.batch_size, step, cfg.seed)]).to(device)
         x = x.contiguous(memory_format=torch.channels_last)
         adversary = step >= cfg.disc_start and cfg.disc_weight > 0
@@ -300,6 +305,7 @@ def train(cfg):
                 + d_weight * g_loss + cfg.feature_weight * matching
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        nn.utils.clip_grad_norm_(vqgan.parameters(), 1.0)       # one bad step can collapse the codes
         optimizer.step()
 
         d_loss = torch.zeros((), device=device)
@@ -312,7 +318,7 @@ def train(cfg):
 
         vqgan.quantizer.idle += 1
         vqgan.quantizer.idle[codes.unique()] = 0
-        if step % cfg.renew_every == 0 and step < 0.8 * cfg.steps:       # the last fifth settles
+        if step % cfg.renew_every == 0 and step < 0.7 * cfg.steps:       # the rest settles
             torch.manual_seed(cfg.seed + step)                          # a resumed run draws alike
             vqgan.quantizer.renew(z.detach(), cfg.renew_every)
 

@@ -1,0 +1,39 @@
+"""What the tests share: the repository root on sys.path, one thread, one tiny model."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+torch.set_num_threads(1)
+
+from model import GPT, GPTConfig  # noqa: E402
+
+
+@pytest.fixture
+def tiny():
+    """A config with everything unequal that may be: 4 heads share 2 keys, sizes all differ."""
+    return GPTConfig(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                     num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+
+
+@pytest.fixture
+def gpt(tiny):
+    """A tiny GPT with weights so large that attention is sharp and the logits are far apart."""
+    torch.manual_seed(0)
+    model = GPT(tiny).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=0.0 if p.dim() == 2 else 1.0, std=0.5)
+    return model
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """An out/ folder with every stage of `--preset tiny`: dpo.py trains what is missing, then the control."""
+    import dpo
+    out = tmp_path_factory.mktemp("trained") / "out"
+    dpo.main(["--preset", "tiny", "--out", str(out), "--dtype", "float32"])
+    dpo.main(["--preset", "tiny", "--out", str(out), "--dtype", "float32", "--objective", "sft"])
+    return out

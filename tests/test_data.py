@@ -1,0 +1,783 @@
+"""Phantoms, findings read back, vocabulary, distortions and pairs of data.py; folders are in test_folders.py."""
+
+import contextlib
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+
+import data
+from data import (BODY_PHRASES, COMPANIONS, DISTORTIONS, INSTRUCTIONS, MASKS_EACH, MAX_TEXT, MODALITIES,
+                  MODALITY_PHRASES, PHRASES, PIXEL_DISTORTIONS, Finding, Phantoms, Record, Spec, Study, Vocabulary,
+                  add_noise, ask_phantom, build_pairs, collate, distort, draw, encode_records, erase, flip, image_stack,
+                  key, lexicon, make_example, match_findings, open_data, phantom_record, phantom_spec, random_finding,
+                  read_findings, read_term, redraw, stack, to_images, to_pixels, write_report)
+from model import UserError
+
+SHARED = Path(data.__file__).resolve().parent.parent / "shared" / "data"
+KINDS = [(modality, name) for modality, kinds in MODALITIES.items() for name in kinds]
+SIDED = [(modality, name) for modality, name in KINDS if MODALITIES[modality][name].sides != ("",)]
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def spec_with(modality, name, side="", index=0, size="", place=""):
+    """A patient with exactly one finding."""
+    kind = MODALITIES[modality][name]
+    f = Finding(name, side or kind.sides[0], size or kind.sizes[0], place or kind.places[0])
+    return Spec(0, "test", index, modality, (f,))
+
+
+def specs(split, n, bias=0.0, seed=0):
+    return [phantom_spec(seed, split, i, bias) for i in range(n)]
+
+
+def difference(spec, twin):
+    """Absolute gray-level difference (H, W) of two drawn specs."""
+    return np.abs(draw(spec)[0].astype(int) - draw(twin)[0])
+
+
+def grow(mask, pixels):
+    return np.asarray(Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * pixels + 1))) > 0
+
+
+def centre(weights):
+    """Mean column of weights (H, W), 0 in the middle of the image, positive to the image's right."""
+    columns = weights.sum(0)
+    return (columns * (np.arange(weights.shape[1]) - (weights.shape[1] - 1) / 2)).sum() / columns.sum()
+
+
+# Phantoms
+
+
+def test_same_seed_split_and_index_give_the_same_record():
+    one, two = Phantoms("train", 9, seed=3)[5], Phantoms("train", 9, seed=3)[5]
+    assert np.array_equal(one.image, two.image) and one.masks.keys() == two.masks.keys()
+    assert all(np.array_equal(one.masks[k], two.masks[k]) for k in one.masks)
+    assert (one.text, one.findings, one.questions, one.name) == (two.text, two.findings, two.questions, two.name)
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"split": "val"}, {"index": 6}])
+def test_another_seed_split_or_index_gives_another_image(change):
+    spec = Spec(3, "train", 5, "head CT", ())
+    assert not np.array_equal(draw(spec)[0], draw(replace(spec, **change))[0])
+
+
+def test_the_record_of_a_phantom_is_drawn_in_the_size_asked_for():
+    record = Phantoms("train", 1, size=32)[0]
+    assert record.image.shape == (32, 32) and record.image.dtype == np.uint8
+    assert all(m.shape == (32, 32) and m.dtype == bool for m in record.masks.values())
+
+
+def test_index_beyond_the_end_raises_so_that_iteration_stops():
+    assert len(list(Phantoms("train", 3))) == 3
+    with pytest.raises(IndexError):
+        Phantoms("train", 3)[3]
+
+
+def test_splits_never_share_an_image():
+    images = [Phantoms(split, 150, seed=0)[i].image.tobytes() for split in ("train", "val", "test") for i in range(150)]
+    assert len(set(images)) == 450
+
+
+def test_three_modalities_of_five_findings_each():
+    assert [len(kinds) for kinds in MODALITIES.values()] == [5, 5, 5]
+    drawn = specs("test", 600)
+    assert {s.modality for s in drawn} == set(MODALITIES)
+    assert {f.name for s in drawn for f in s.findings} == {name for _, name in KINDS}
+
+
+def test_a_quarter_or_so_of_studies_are_normal_and_many_reports_negate():
+    drawn = specs("test", 2000)
+    assert 0.2 < np.mean([not s.findings for s in drawn]) < 0.4
+    assert np.mean([" No " in write_report(s) for s in drawn]) > 0.1
+
+
+@pytest.mark.parametrize("modality,name", SIDED)
+def test_the_patients_left_is_the_images_right(modality, name):
+    """By the mask, and by what the finding changes in the image."""
+    for side, sign in (("left", 1), ("right", -1)):
+        for index in range(8):
+            for size in MODALITIES[modality][name].sizes:
+                spec = spec_with(modality, name, side, index, size)
+                assert centre(draw(spec)[1][name]) * sign > 2
+                assert centre(difference(spec, replace(spec, findings=()))) * sign > 1
+
+
+@pytest.mark.parametrize("side,sign", [("left", 1), ("right", -1)])
+def test_lung_masks_lie_on_the_patients_side(side, sign):
+    assert centre(draw(Spec(0, "test", 0, "chest radiograph", ()))[1][f"{side} lung"]) * sign > 5
+
+
+@pytest.mark.parametrize("place,sign", [("upper", -1), ("lower", 1)])
+@pytest.mark.parametrize("name", ["nodule", "consolidation"])
+def test_upper_is_above_lower(name, place, sign):
+    mask = draw(spec_with("chest radiograph", name, "left", place=place))[1][name]
+    assert centre(mask.T) * sign > 0
+
+
+@pytest.mark.parametrize("modality,name", [k for k in KINDS if MODALITIES[k[0]][k[1]].sizes != ("",)])
+def test_large_is_larger_than_small(modality, name):
+    small, large = (draw(spec_with(modality, name, "left", size=s))[1][name].sum() for s in ("small", "large"))
+    assert large > 1.3 * small
+
+
+def test_every_finding_has_a_mask_and_no_other_finding_has_one():
+    names = {name for _, name in KINDS}
+    for spec in specs("test", 400):
+        masks = draw(spec)[1]
+        assert {n for n in masks if n in names} == {f.name for f in spec.findings}
+        assert all(masks[f.name].sum() >= 15 for f in spec.findings)
+
+
+# Masks of what a finding moves besides itself.
+MOVES = {"atrophy": ("ventricles",), "hydrocephalus": ("ventricles",), "shift": ("ventricles",)}
+
+
+@pytest.mark.parametrize("modality,name", KINDS)
+def test_without_a_finding_only_its_surroundings_change(modality, name):
+    """Anatomy, noise, other findings and their places stay: elsewhere the difference is exactly 0."""
+    others = [n for n in MODALITIES[modality] if n != name]
+    for index in range(6):
+        spec = spec_with(modality, name, index=index)
+        extra = random_finding(others[index % 4], MODALITIES[modality][others[index % 4]], rng(index))
+        spec = replace(spec, findings=(*spec.findings, extra))
+        twin = replace(spec, findings=(extra,))
+        (image, masks), (twin_image, twin_masks) = draw(spec), draw(twin)
+        near = masks[name].copy()
+        for moved in MOVES.get(name, ()):
+            near |= masks[moved] | twin_masks[moved]
+        changed = np.abs(image.astype(int) - twin_image)
+        assert changed[near].max() > 20                    # it can be seen
+        assert not changed[~grow(near, 14)].any()          # soft edges reach a few pixels
+        assert changed[~grow(near, 6)].max(initial=0) < 40
+
+
+def test_remove_takes_out_one_finding_and_keeps_the_others():
+    spec = Spec(0, "test", 0, "head CT", (Finding("haemorrhage", "left", "small"), Finding("subdural", "right")))
+    for seed in range(5):
+        twin = redraw(spec, "remove", rng(seed))
+        assert len(twin.findings) == 1 and set(twin.findings) < set(spec.findings)
+        assert replace(twin, findings=()) == replace(spec, findings=())
+
+
+def test_add_puts_in_one_finding_that_was_absent():
+    spec = spec_with("brain MRI", "cyst", "right")
+    for seed in range(5):
+        twin = redraw(spec, "add", rng(seed))
+        assert len(twin.findings) == 2 and spec.findings[0] in twin.findings
+        assert len({f.name for f in twin.findings}) == 2
+        new = next(f for f in twin.findings if f not in spec.findings)
+        masks = draw(twin)[1]
+        near = masks[new.name] | masks["ventricles"] | draw(spec)[1]["ventricles"]
+        assert not difference(spec, twin)[~grow(near, 14)].any()
+
+
+def test_mirror_moves_one_sided_finding_across_and_leaves_the_rest():
+    spec = Spec(0, "test", 1, "brain MRI", (Finding("tumour", "left", "small"), Finding("lesions")))
+    twin = redraw(spec, "mirror", rng())
+    assert twin.findings == (Finding("tumour", "right", "small"), Finding("lesions"))
+    masks, twin_masks = draw(spec)[1], draw(twin)[1]
+    assert np.array_equal(masks["lesions"], twin_masks["lesions"])
+    assert centre(masks["tumour"]) > 0 > centre(twin_masks["tumour"])
+    assert not difference(spec, twin)[~grow(masks["tumour"] | twin_masks["tumour"], 4)].any()
+
+
+def test_redraw_says_none_where_the_change_is_impossible():
+    full = Spec(0, "test", 0, "head CT", tuple(random_finding(n, k, rng()) for n, k in MODALITIES["head CT"].items()))
+    assert redraw(full, "add", rng()) is None
+    assert redraw(replace(full, findings=()), "remove", rng()) is None
+    assert redraw(spec_with("head CT", "hydrocephalus"), "mirror", rng()) is None
+
+
+def test_redrawn_findings_stand_in_the_order_of_the_table():
+    spec = spec_with("chest radiograph", "consolidation")
+    for seed in range(8):
+        order = list(MODALITIES["chest radiograph"])
+        places = [order.index(f.name) for f in redraw(spec, "add", rng(seed)).findings]
+        assert places == sorted(places)
+
+
+def companion_rate(split, bias, n=3000):
+    """Share of triggers whose companion (by name) is there too."""
+    names = {t: c(Finding("", "left")).name for t, c in COMPANIONS.items()}
+    found = [{f.name for f in s.findings} for s in specs(split, n, bias)]
+    return np.mean([names[t] in present for present in found for t in present & names.keys()])
+
+
+def test_in_training_companions_follow_their_triggers():
+    assert companion_rate("train", 0.9) >= 0.9
+
+
+@pytest.mark.parametrize("split,bias", [("train", 0.0), ("val", 0.9), ("test", 0.9)])
+def test_without_bias_and_outside_training_findings_are_independent(split, bias):
+    assert abs(companion_rate(split, bias) - data.FINDING_RATE) < 0.05
+
+
+def test_at_bias_one_every_trigger_brings_exactly_its_companion():
+    for spec in specs("train", 500, bias=1.0):
+        for f in spec.findings:
+            assert f.name not in COMPANIONS or COMPANIONS[f.name](f) in spec.findings
+
+
+def test_trigger_and_companion_are_findings_of_one_modality():
+    for trigger, companion in COMPANIONS.items():
+        assert any({trigger, companion(Finding("", "left")).name} <= kinds.keys() for kinds in MODALITIES.values())
+
+
+def test_a_report_negates_only_what_is_absent():
+    for spec in specs("test", 600):
+        kinds = MODALITIES[spec.modality]
+        for negated in write_report(spec).split(" No ")[1:]:
+            assert not any(kinds[f.name].absent in negated for f in spec.findings)
+
+
+def test_answers_of_a_phantom_are_true():
+    for spec in specs("test", 300):
+        nouns = {k.absent: name for name, k in MODALITIES[spec.modality].items()}
+        present = {f.name: f for f in spec.findings}
+        for question, answer in ask_phantom(spec):
+            name = next((n for noun, n in nouns.items() if question.endswith(f" {noun}?")), None)
+            if question.startswith("Which modality"):
+                assert answer.lower() == f"{spec.modality.lower()}."
+            elif "which side" in question:
+                side = next(present[n].side for noun, n in nouns.items() if f"the {noun}?" in question)
+                assert answer == f"{side.capitalize()}."
+            else:
+                assert answer == ("Yes." if name in present else "No."), question
+
+
+def test_open_data_gives_three_splits_and_bias_is_a_probability():
+    cfg = SimpleNamespace(data="", records=200, seed=1, bias=0.9, image_size=32, channels=1)
+    splits = open_data(cfg)
+    assert [splits[s].split for s in ("train", "val", "test")] == ["train", "val", "test"]
+    assert len(splits["train"]) == 200 and len(splits["val"]) == 32
+    cfg.bias = 1.5
+    with pytest.raises(UserError, match="--bias 1.5"):
+        open_data(cfg)
+
+
+def test_pixels_to_tensor_and_back_is_exact():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert to_pixels(images).min() == -1 and to_pixels(images).max() == 1
+    assert torch.equal(to_images(to_pixels(images)), images)
+
+
+def test_stack_keeps_channel_order_and_repeats_gray():
+    colour = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    x = stack([colour, colour[..., 0]], 3)
+    assert x.shape == (2, 3, 4, 4)
+    assert np.array_equal(x[0, 2], colour[..., 2]) and np.array_equal(x[1, 2], colour[..., 0])
+
+
+def test_image_stack_holds_the_share_of_masks_asked_for():
+    records = Phantoms("train", 200, size=16)
+    is_mask = [set(x.unique().tolist()) <= {0, 255} for x in image_stack(records, 200, 0.3, 1, seed=0)]
+    assert 0.15 < np.mean(is_mask) < 0.45
+    assert len(image_stack(records, 10, 0.0, 3, seed=0)) == 10
+
+
+# Findings read back
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_read_findings_is_exact_on_phantom_reports(split):
+    """Name, side, size and place, though many reports hold negations."""
+    for spec in specs(split, 1500, bias=0.9):
+        assert set(read_findings(write_report(spec), PHRASES)) == set(spec.findings), write_report(spec)
+
+
+@pytest.mark.parametrize("text,expected", [
+    ("No pleural effusion or pneumothorax.", set()),
+    ("Clear lungs without nodule.", set()),
+    ("Pneumothorax is absent. Negative for nodule.", set()),
+    ("Small left pleural effusion, no pneumothorax.", {("effusion", "left")}),
+    ("Small left pleural effusion and no pneumothorax.", {("effusion", "left")}),
+    ("No nodule. Right pneumothorax.", {("pneumothorax", "right")}),
+    ("Bilateral pleural effusions.", {("effusion", "bilateral")}),
+    ("Consolidation in both lungs.", {("consolidation", "bilateral")}),
+    ("Left and right pleural effusion.", {("effusion", "bilateral")}),
+    ("Large right pneumothorax and small left pleural effusion.", {("pneumothorax", "right"), ("effusion", "left")}),
+    ("Left lower zone nodule; right upper zone consolidation", {("nodule", "left"), ("consolidation", "right")}),
+    ("ENLARGED HEART", {("cardiomegaly", "")}),
+    ("Massive notion.", set()),
+    ("", set()),
+])
+def test_read_findings_by_hand(text, expected):
+    assert {key(f) for f in read_findings(text, PHRASES)} == expected
+
+
+def test_read_findings_gives_size_and_place_of_its_own_clause():
+    found = read_findings("Large right pneumothorax, nodule in the left lower lung.", PHRASES)
+    assert set(found) == {Finding("pneumothorax", "right", "large"), Finding("nodule", "left", "", "lower")}
+
+
+REAL = [Record(np.zeros((1, 1)), "", "", tuple(Finding(n) for n in (
+    "ground glass opacities", "consolidation", "pleural effusion", "endotracheal tube")))]
+
+
+@pytest.mark.parametrize("text,expected", [
+    ("Chest radiograph. Ground-glass opacities in both lungs. Consolidation in the right lung.",
+     {("ground glass opacities", "bilateral"), ("consolidation", "right")}),
+    ("Chest radiograph: ground-glass opacities in both lungs, consolidation in the right lung, left pleural effusion, "
+     "endotracheal tube in place.",
+     {("ground glass opacities", "bilateral"), ("consolidation", "right"), ("pleural effusion", "left"),
+      ("endotracheal tube", "")}),
+])
+def test_read_findings_with_the_lexicon_of_real_records(text, expected):
+    assert {key(f) for f in read_findings(text, lexicon(REAL))} == expected
+
+
+def test_lexicon_names_what_the_records_name():
+    assert lexicon(REAL).keys() == {f.name for f in REAL[0].findings}
+    assert lexicon(Phantoms("train", 1)) == PHRASES
+    assert lexicon([replace(REAL[0], findings=None)]) == {}
+
+
+@pytest.mark.parametrize("folder", ["covid_cxr"])
+def test_read_findings_on_real_reports(folder):
+    if not (SHARED / folder).is_dir():
+        pytest.skip("no sample data")
+    rows = [json.loads(line) for split in ("train", "test")
+            for line in (SHARED / folder / split / "metadata.jsonl").read_text().splitlines()]
+    truth = [tuple(Finding(f["name"].replace("_", " "), f["side"] or "") for f in row["findings"]) for row in rows]
+    phrases = lexicon([replace(REAL[0], findings=t) for t in truth])
+    for row, findings in zip(rows, truth):
+        assert set(read_findings(row["text"], phrases)) == set(findings), row["text"]
+
+
+def test_read_term_on_all_wordings_of_mednist():
+    if not (SHARED / "mednist").is_dir():
+        pytest.skip("no sample data")
+    rows = [json.loads(line) for split in ("train", "test")
+            for line in (SHARED / "mednist" / split / "metadata.jsonl").read_text().splitlines()]
+    for text, modality, body_part in {(r["text"], r["modality"], r["body_part"]) for r in rows}:
+        assert read_term(text, MODALITY_PHRASES) == modality, text
+        assert read_term(text, BODY_PHRASES) == body_part, text
+
+
+@pytest.mark.parametrize("text,expected", [("X-ray image of the hand.", "radiograph"), ("Head CT image.", "CT"),
+                                           ("A factory.", ""), ("CT after MRI", "CT")])
+def test_read_term_by_hand(text, expected):
+    assert read_term(text, MODALITY_PHRASES) == expected
+
+
+def test_match_findings_by_hand():
+    """One right with a wrong size, one on the wrong side (hallucination and laterality error), one invented."""
+    stated = (Finding("effusion", "left", "small"), Finding("nodule", "right"), Finding("infarct", "left"))
+    true = (Finding("effusion", "left", "large"), Finding("nodule", "left"), Finding("cardiomegaly"))
+    assert match_findings(stated, true) == {"stated": 3, "true": 3, "right": 1, "hallucinated": 2, "laterality": 1,
+                                            "exact": False, "details": 0}
+
+
+def test_match_findings_of_equal_and_of_empty_reports():
+    one = (Finding("effusion", "left", "small"),)
+    assert match_findings(one, one) == {"stated": 1, "true": 1, "right": 1, "hallucinated": 0, "laterality": 0,
+                                        "exact": True, "details": 1}
+    assert match_findings((), one)["right"] == 0 and match_findings((), one)["hallucinated"] == 0
+    assert match_findings((), ())["exact"]
+
+
+# Vocabulary, prompts, labels
+
+K = 16
+
+
+@pytest.fixture(scope="module")
+def vocab():
+    """A vocabulary of 16 image codes, learnt from phantom reports and the instructions."""
+    return Vocabulary.train(data.all_texts(Phantoms("train", 60, size=16)), K, text_size=400)
+
+
+STUDY = Study(np.arange(9), "Chest radiograph. Enlarged heart.", (("Is there a nodule?", "No."),),
+              (("heart", np.arange(9)[::-1]),), None, ("report", "generate", "ask", "segment"))
+
+
+def test_codes_to_ids_and_back(vocab):
+    codes = np.array([0, 5, K - 1], dtype=np.int16)
+    ids = vocab.codes_to_ids(codes)
+    assert ids == [vocab.image_start, vocab.image_start + 5, vocab.size - 1]
+    assert vocab.ids_to_codes(ids) == [0, 5, K - 1]
+    assert [vocab.tokenizer.id_to_token(i) for i in ids] == ["<img_0>", "<img_5>", f"<img_{K - 1}>"]
+
+
+def test_ranges_are_contiguous_and_disjoint(vocab):
+    specials = {vocab.pad, vocab.bos, vocab.boi, vocab.eoi, vocab.eos}
+    assert specials == set(range(5)) and vocab.eos == 4
+    assert vocab.text_range == (vocab.eos, vocab.image_start)        # eos may be sampled among text
+    assert vocab.image_range == (vocab.image_start, vocab.size)
+    assert vocab.size == vocab.tokenizer.get_vocab_size() == vocab.image_start + K
+
+
+@pytest.mark.parametrize("text", ["Small left pleural effusion.", "Ödem, β-Blocker: 5 µg — “ok” 肺", "a  b\nc", ""])
+def test_text_round_trip(vocab, text):
+    ids = vocab.encode_text(text)
+    assert all(vocab.eos < i < vocab.image_start for i in ids)
+    assert vocab.decode_text(ids) == text
+
+
+def test_decode_text_leaves_specials_and_image_codes_out(vocab):
+    ids = [vocab.bos, vocab.boi, *vocab.codes_to_ids([1]), vocab.eoi, *vocab.encode_text("Nodule."), vocab.eos, vocab.pad]
+    assert vocab.decode_text(ids) == "Nodule."
+
+
+HOSTILE = "a <image> b <img_3> c <eos><pad></image><bos>"
+
+
+def test_special_names_inside_a_text_stay_letters(vocab):
+    ids = vocab.encode_text(HOSTILE)
+    assert all(vocab.eos < i < vocab.image_start for i in ids)
+    assert vocab.decode_text(ids) == HOSTILE
+
+
+def test_special_names_in_the_training_texts_claim_no_id():
+    vocab = Vocabulary.train([HOSTILE] * 50, K, text_size=400)
+    assert vocab.tokenizer.id_to_token(vocab.image_start) == "<img_0>" and vocab.size == vocab.image_start + K
+    assert all(vocab.eos < i < vocab.image_start for i in vocab.encode_text(HOSTILE))
+
+
+def test_a_long_text_is_cut_and_that_is_said_once(vocab, capsys):
+    vocab.cut = False
+    assert len(vocab.encode_text("nodule " * 3 * MAX_TEXT)) == MAX_TEXT
+    vocab.encode_text("effusion " * 3 * MAX_TEXT)
+    assert capsys.readouterr().out.count("cut to") == 1
+
+
+def test_save_and_load_give_an_equal_vocabulary(vocab, tmp_path):
+    vocab.save(tmp_path)
+    loaded = Vocabulary.load(tmp_path)
+    assert (loaded.size, loaded.codebook_size, loaded.image_start, loaded.eos) == \
+        (vocab.size, K, vocab.image_start, vocab.eos)
+    for text in ("Small left pleural effusion.", HOSTILE):
+        assert loaded.encode_text(text) == vocab.encode_text(text)
+
+
+def test_loading_a_missing_broken_or_foreign_tokenizer_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="tokenizer.json"):
+        Vocabulary.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer.json"):
+        Vocabulary.load(tmp_path)
+    data.Tokenizer(data.models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="no image tokens"):
+        Vocabulary.load(tmp_path)
+
+
+def test_make_example_report(vocab):
+    prompt, response = make_example(STUDY, "report", vocab, rng())
+    assert prompt[:2] == [vocab.bos, vocab.boi] and prompt[2:11] == vocab.codes_to_ids(range(9))
+    assert prompt[11] == vocab.eoi and vocab.decode_text(prompt) in INSTRUCTIONS["report"]
+    assert response[-1] == vocab.eos and vocab.decode_text(response) == STUDY.text
+
+
+def test_make_example_generate(vocab):
+    prompt, response = make_example(STUDY, "generate", vocab, rng())
+    assert prompt[0] == vocab.bos and prompt[-1] == vocab.boi
+    assert vocab.decode_text(prompt) in [w.format(STUDY.text) for w in INSTRUCTIONS["generate"]]
+    assert response == [*vocab.codes_to_ids(range(9)), vocab.eoi]
+
+
+def test_make_example_ask(vocab):
+    prompt, response = make_example(STUDY, "ask", vocab, rng())
+    assert prompt[2:11] == vocab.codes_to_ids(range(9)) and vocab.decode_text(prompt) == "Is there a nodule?"
+    assert response[-1] == vocab.eos and vocab.decode_text(response) == "No."
+
+
+def test_make_example_segment(vocab):
+    prompt, response = make_example(STUDY, "segment", vocab, rng())
+    assert prompt[2:11] == vocab.codes_to_ids(range(9)) and prompt[-1] == vocab.boi
+    assert vocab.decode_text(prompt) in [w.format("heart") for w in INSTRUCTIONS["segment"]]
+    assert response == [*vocab.codes_to_ids(range(8, -1, -1)), vocab.eoi]
+
+
+def test_emptied_generation_prompts_are_the_unconditional_prompt(vocab):
+    for seed in range(5):
+        assert make_example(STUDY, "generate", vocab, rng(seed), empty_share=1.0)[0] == [vocab.bos, vocab.boi]
+        assert make_example(STUDY, "report", vocab, rng(seed), empty_share=1.0)[0] != [vocab.bos, vocab.boi]
+
+
+def test_every_wording_is_used(vocab):
+    said = {vocab.decode_text(make_example(STUDY, "report", vocab, rng(s))[0]) for s in range(40)}
+    assert said == set(INSTRUCTIONS["report"])
+
+
+def test_collate_by_hand():
+    ids, labels = collate([([1, 7, 8], [9, 4]), ([1], [5, 6, 7, 4])], pad=0)
+    assert ids.tolist() == [[1, 7, 8, 9, 4], [1, 5, 6, 7, 4]]
+    assert labels.tolist() == [[-100, -100, -100, 9, 4], [-100, 5, 6, 7, 4]]
+    ids, labels = collate([([1], [4]), ([1, 2], [3, 4])], pad=0)
+    assert ids[0].tolist() == [1, 4, 0, 0] and labels[0].tolist() == [-100, 4, -100, -100]
+
+
+def test_labels_decode_to_exactly_the_response_and_eos(vocab):
+    examples = [make_example(STUDY, task, vocab, rng()) for task in ("report", "ask", "generate", "segment")]
+    ids, labels = collate(examples, vocab.pad)
+    assert vocab.pad != vocab.eos
+    for row, (prompt, response) in enumerate(examples):
+        assert labels[row][labels[row] != -100].tolist() == response
+        assert ids[row, :len(prompt)].tolist() == prompt
+        assert (ids[row, len(prompt) + len(response):] == vocab.pad).all()
+    assert vocab.decode_text(labels[0][labels[0] != -100].tolist()) == STUDY.text and labels[0].max() < vocab.size
+    assert labels[0][labels[0] != -100][-1] == vocab.eos
+
+
+# Stand-ins for the image tokenizer and the SFT model
+
+
+class Means:
+    """A tokenizer of images: the mean of each 8x8 patch in 33 steps."""
+
+    def encode(self, x):
+        return ((F.avg_pool2d(x.mean(1, keepdim=True), 8).flatten(1) + 1) * 16).round().long()
+
+
+class Blind:
+    """A tokenizer that gives every image the same codes."""
+
+    def encode(self, x):
+        return torch.zeros(len(x), 4, dtype=torch.long)
+
+
+def test_encode_records_pairs_masks_with_their_own_codes():
+    records = [Phantoms("train", 20)[i] for i in range(20)]
+    studies = encode_records(records, Means(), 1, 0, "cpu", contextlib.nullcontext)
+    for record, study in zip(records, studies):
+        code = lambda image: Means().encode(to_pixels(stack([image], 1)))[0].numpy()
+        assert np.array_equal(study.codes, code(record.image))
+        assert len(study.masks) == min(MASKS_EACH, len(record.masks))
+        for structure, codes in study.masks:
+            assert np.array_equal(codes, code(record.masks[structure] * np.uint8(255)))
+
+
+def test_a_study_serves_only_the_tasks_that_it_has_data_for():
+    plain = Record(np.zeros((16, 16), np.uint8), "Words.", "a")
+    asked = Record(np.zeros((16, 16), np.uint8), "", "b", questions=(("Q?", "A."),))
+    first, second = encode_records([plain, asked], Means(), 1, 0, "cpu", contextlib.nullcontext)
+    assert first.tasks == ("report", "generate") and second.tasks == ("ask",)
+
+
+# Distortions
+
+GRAY = phantom_record(spec_with("chest radiograph", "effusion", "left", size="large"))
+COLOUR = replace(GRAY, image=np.stack([GRAY.image, GRAY.image // 2, 255 - GRAY.image], axis=2), spec=None)
+REAL_GRAY = replace(GRAY, spec=None)
+OTHER = Record(np.full((64, 64), 7, np.uint8), "Other.", "other")
+
+
+@pytest.mark.parametrize("image", [GRAY.image, COLOUR.image, GRAY.image[:45, :61]], ids=["gray", "rgb", "odd"])
+@pytest.mark.parametrize("name", PIXEL_DISTORTIONS)
+def test_a_pixel_distortion_is_deterministic_changes_the_image_and_keeps_its_form(name, image):
+    before = image.copy()
+    one, two = (PIXEL_DISTORTIONS[name](image, rng(1), 500) for _ in range(2))
+    assert np.array_equal(one, two) and np.array_equal(image, before)
+    assert one.shape == image.shape and one.dtype == np.uint8
+    assert (one != image).mean() > 0.05
+
+
+@pytest.mark.parametrize("name", ["noise", "blur", "contrast", "shuffle", "cutout", "crop"])
+def test_chance_of_a_distortion_comes_from_its_rng(name):
+    assert len({PIXEL_DISTORTIONS[name](GRAY.image, rng(s), 500).tobytes() for s in range(6)}) > 1
+
+
+@pytest.mark.parametrize("t", [1, 250, 500, 750, 1000])
+def test_noise_correlates_as_the_forward_process_says(t):
+    """x' and x correlate at √ᾱ·s/√(ᾱ·s² + 1 − ᾱ), s the deviation of x; small s keeps it off the clipping."""
+    alpha_bar = np.prod(1 - np.linspace(1e-4, 0.02, 1000)[:t])
+    x = rng(5).normal(127.5, 127.5 / 4, (400, 400)).clip(0, 255).astype(np.uint8)
+    s2 = (x / 127.5).var()
+    expected = np.sqrt(alpha_bar * s2 / (alpha_bar * s2 + 1 - alpha_bar))
+    actual = np.corrcoef(x.ravel(), add_noise(x, rng(6), t).ravel())[0, 1]
+    assert abs(actual - expected) < 0.05                 # clipping at 0 and 255 costs a little
+    assert t != 1 or actual > 0.99
+    assert t != 1000 or abs(actual) < 0.02
+
+
+def test_noise_at_step_one_moves_pixels_by_about_one_level():
+    moved = add_noise(np.full((200, 200), 127, np.uint8), rng(), 1).astype(float) - 127
+    assert abs(moved.std() - 0.01 * 127.5) < 0.1         # √(1 − ᾱ₁) = √1e-4 = 0.01 of half the range
+
+
+def test_flip_twice_is_the_identity_and_once_mirrors_columns():
+    once = flip(COLOUR.image, rng(), 1)
+    assert np.array_equal(once[:, 0], COLOUR.image[:, -1])
+    assert np.array_equal(flip(once, rng(), 1), COLOUR.image)
+
+
+def test_invert_contrast_and_cutout_by_hand():
+    image = np.zeros((8, 8), np.uint8)
+    image[:, 4:] = 200
+    assert np.array_equal(data.invert(image, rng(), 1), 255 - image)
+    low = data.lower_contrast(image, rng(), 1).astype(int)
+    assert abs(low.mean() - 100) < 1 and 40 <= low.max() - low.min() <= 80
+    assert (data.cut_out(image + 1, rng(), 1) == 0).sum() == 16
+
+
+def test_shuffled_patches_are_the_same_patches():
+    def patches(image):
+        return Counter(image[y:y + 16, x:x + 16].tobytes() for y in range(0, 64, 16) for x in range(0, 64, 16))
+    assert patches(data.shuffle_patches(GRAY.image, rng(), 1)) == patches(GRAY.image)
+
+
+def test_crop_enlarges_a_window_of_half_the_size():
+    ramp = np.repeat(np.arange(0, 256, 4, dtype=np.uint8)[None], 64, axis=0)
+    cropped = data.crop(ramp, rng(), 1).astype(int)
+    assert 110 < cropped.max() - cropped.min() < 145       # half of the range 0..252
+
+
+def test_erase_fills_with_the_median_around():
+    image, mask = np.full((20, 20, 3), (10, 20, 30), np.uint8), np.zeros((20, 20), bool)
+    mask[5:9, 5:9] = True
+    image[mask] = 255
+    assert (erase(image, mask) == (10, 20, 30)).all()
+    assert (erase(image, np.ones((20, 20), bool)) == 0).all()
+
+
+@pytest.mark.parametrize("record", [REAL_GRAY, COLOUR], ids=["gray", "rgb"])
+@pytest.mark.parametrize("kind", ["region-noise", "remove"])
+def test_region_kinds_touch_only_the_mask_of_a_real_record(record, kind):
+    image, used = distort([record, OTHER], 0, kind, 900, rng())
+    changed = (image != record.image).reshape(64, 64, -1).any(axis=2)
+    mask = record.masks["effusion"]
+    assert used == kind and image.shape == record.image.shape and image.dtype == np.uint8
+    assert changed[mask].mean() > 0.5 and not changed[~mask].any()
+
+
+def test_region_noise_of_a_phantom_touches_only_a_findings_mask():
+    image, kind = distort([GRAY, OTHER], 0, "region-noise", 900, rng())
+    assert kind == "region-noise" and not (image != GRAY.image)[~GRAY.masks["effusion"]].any()
+
+
+def test_remove_add_and_mirror_of_a_phantom_are_redrawn():
+    without = draw(replace(GRAY.spec, findings=()))[0]
+    across = draw(replace(GRAY.spec, findings=(Finding("effusion", "right", "large"),)))[0]
+    for kind, expected in (("remove", without), ("mirror", across)):
+        image, used = distort([GRAY, OTHER], 0, kind, 500, rng())
+        assert used == kind and np.array_equal(image, expected)
+    image, used = distort([GRAY, OTHER], 0, "add", 500, rng(3))
+    assert used == "add" and np.array_equal(image, draw(redraw(GRAY.spec, "add", rng(3)))[0])
+
+
+NORMAL = phantom_record(Spec(0, "test", 2, "head CT", ()))
+FULL = phantom_record(replace(NORMAL.spec, findings=tuple(
+    random_finding(n, k, rng()) for n, k in MODALITIES["head CT"].items())))
+UNSIDED = phantom_record(spec_with("head CT", "hydrocephalus"))
+BARE = replace(REAL_GRAY, findings=None, masks={})
+
+
+@pytest.mark.parametrize("record,kind,used", [
+    (NORMAL, "remove", "add"), (NORMAL, "mirror", "add"), (UNSIDED, "mirror", "add"), (FULL, "add", "other"),
+    (NORMAL, "region-noise", "other"), (BARE, "region-noise", "other"), (BARE, "remove", "other"),
+    (BARE, "add", "other"), (BARE, "mirror", "mirror"), (GRAY, "other", "other")])
+def test_what_a_record_cannot_take_falls_back(record, kind, used):
+    image, actual = distort([record, OTHER], 0, kind, 500, rng())
+    assert actual == used
+    if used == "other":
+        assert np.array_equal(image, OTHER.image)
+    if record is BARE and used == "mirror":
+        assert np.array_equal(image, record.image[:, ::-1])
+
+
+def test_other_is_never_the_record_itself_and_any_other_record():
+    records = [replace(OTHER, image=np.full((64, 64), i, np.uint8)) for i in range(4)]
+    assert {int(distort(records, 2, "other", 1, rng(s))[0][0, 0]) for s in range(40)} == {0, 1, 3}
+
+
+def test_a_lone_record_has_no_other():
+    assert distort([OTHER], 0, "other", 1, rng()) == (None, "other")
+
+
+@pytest.mark.parametrize("kind", DISTORTIONS)
+def test_distort_is_deterministic_and_differs_from_the_record(kind):
+    records = [GRAY, NORMAL, OTHER]
+    (one, kind_one), (two, kind_two) = (distort(records, 0, kind, 500, rng(7)) for _ in range(2))
+    assert kind_one == kind_two and np.array_equal(one, two)
+    assert one.shape == GRAY.image.shape and one.dtype == np.uint8 and not np.array_equal(one, GRAY.image)
+
+
+# Pairs
+
+
+def pairs_of(records, write=lambda codes, seed: ["Chest radiograph. Large right pneumothorax."] * len(codes), n=12,
+             kinds=("noise", "mirror", "add"), seed=0, vqgan=None):
+    return build_pairs(records, n, kinds, 500, seed, vqgan or Means(), 1, write, "cpu", contextlib.nullcontext)
+
+
+def as_tuples(pairs):
+    return [(p.name, p.kind, p.codes.tolist(), p.distorted.tolist(), p.chosen, p.rejected) for p in pairs]
+
+
+def test_same_seed_same_pairs_and_another_seed_others():
+    records = Phantoms("train", 40)
+    one, two, three = (as_tuples(pairs_of(records, seed=s)) for s in (0, 0, 1))
+    assert one == two and one != three
+    assert {p[0] for p in one} != {p[0] for p in three}        # the records drawn depend on the seed too
+
+
+def test_another_seed_distorts_the_same_record_otherwise():
+    records = Phantoms("train", 6)
+    one, two = ({p.name: p.distorted.tolist() for p in pairs_of(records, seed=s, kinds=("noise",))} for s in (0, 1))
+    assert one.keys() == two.keys() and all(one[name] != two[name] for name in one)
+
+
+def test_a_pair_holds_the_genuine_and_the_distorted_codes():
+    records = Phantoms("train", 20)
+    seen = []
+    write = lambda codes, seed: seen.extend(codes) or [f"Nodule {i}." for i in range(len(codes))]
+    pairs = pairs_of(records, write, n=8)
+    assert 0 < len(pairs) <= 8
+    for i, pair in enumerate(pairs):
+        record = records[int(pair.name.split("/")[1])]
+        own = Means().encode(to_pixels(stack([record.image], 1)))[0].numpy()
+        assert np.array_equal(pair.codes, own) and pair.chosen == record.text
+        assert pair.rejected == f"Nodule {i}." and np.array_equal(pair.distorted, seen[i])
+        assert pair.image_differs == bool((pair.codes != pair.distorted).any())
+
+
+def echo(records):
+    """A writer that repeats the genuine reports, in the order in which build_pairs meets the records."""
+    order = rng([0, 4]).permutation(len(records))
+    return lambda codes, seed: [records[int(i)].text for i in order[:len(codes)]]
+
+
+def test_text_differs_is_about_findings_not_about_words():
+    """The genuine report in other words (lower case) states the same findings."""
+    records = [Phantoms("train", 30)[i] for i in range(30)]
+    lower = lambda codes, seed: [t.lower() for t in echo(records)(codes, seed)]
+    assert not any(p.text_differs for p in pairs_of(records, lower, n=30))
+    other = lambda codes, seed: ["Left arachnoid cyst. Left subdural collection."] * len(codes)
+    assert all(p.text_differs and p.image_differs for p in pairs_of(records, other, n=30, kinds=("noise",)))
+
+
+def test_without_known_findings_texts_differ_by_their_words():
+    records = [replace(Phantoms("train", 9)[i], findings=None, spec=None) for i in range(9)]
+    assert not any(p.text_differs for p in pairs_of(records, echo(records), n=9, kinds=("noise",)))
+    assert all(p.text_differs for p in pairs_of(records, lambda codes, seed: ["x"] * len(codes), n=9, kinds=("noise",)))
+
+
+def test_pairs_in_which_nothing_differs_are_dropped_until_none_is_left():
+    records = [Phantoms("train", 9)[i] for i in range(9)]
+    with pytest.raises(UserError, match="9 the distortion changed nothing"):
+        pairs_of(records, echo(records), n=9, vqgan=Blind())
+
+
+def test_records_without_text_make_no_pairs(capsys):
+    records = [replace(Phantoms("train", 9)[i], text="" if i % 2 else "Nodule.") for i in range(9)]
+    pairs = pairs_of(records, n=9)
+    assert len(pairs) == 5 and "4 no text" in capsys.readouterr().out
+    with pytest.raises(UserError, match="2 no text"):
+        pairs_of([replace(OTHER, text="")] * 2, n=2)
+
+
+def test_n_bounds_the_pairs_and_records_are_used_once():
+    pairs = pairs_of(Phantoms("train", 300, size=16), n=1000, kinds=("invert",))
+    assert len(pairs) == len({p.name for p in pairs}) == 300
+    assert len(pairs_of(Phantoms("train", 300, size=16), n=7, kinds=("invert",))) == 7

@@ -1,0 +1,533 @@
+"""Folder readers of data.py: three layouts made here, then hostile rows, then the sample data where it is present."""
+
+import csv
+import json
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import MAX_TEXT, BadRow, Finding, Vocabulary, collate, fill_splits, make_example, read_folder, read_image
+from model import UserError
+
+SHARED = Path(data.__file__).resolve().parent.parent / "shared" / "data"
+
+
+def picture(path, value=None, size=(40, 40), mode="L", **options):
+    """An image file: of one gray value, or of noise that the file's name decides."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(zlib.crc32(path.name.encode())).integers(0, 256, size[::-1], dtype=np.uint8)
+    image = Image.fromarray(noise) if value is None else Image.new("L", size, value)
+    image.convert(mode).save(path, **options)
+    return path
+
+
+def image_folder(root, rows, split="train", good=5):
+    """ImageFolder with metadata.jsonl: `good` ordinary rows with images i0.png …, then `rows` (dicts or raw lines)."""
+    folder = root / split
+    ordinary = [{"file_name": picture(folder / f"i{i}.png").name, "text": f"Good {i}."} for i in range(good)]
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in [*ordinary, *rows]]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
+
+
+def rows_of(splits):
+    """All records of all splits by text."""
+    return {r.text: r for records in splits.values() for r in records}
+
+
+def messages(capsys):
+    """Lines printed, without progress bars."""
+    return [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+
+
+# ImageFolder
+
+
+def test_imagefolder_jsonl(tmp_path):
+    picture(tmp_path / "train" / "a.png", 90)
+    image_folder(tmp_path, [{"file_name": "a.png", "text": " One\n two. ", "modality": "CT", "body_part": "head",
+                             "patient_id": 7, "questions": [{"question": "Q?", "answer": "A."}]}])
+    record = rows_of(read_folder(tmp_path, 32, 1))["One two."]
+    assert record.image.shape == (32, 32) and record.image.dtype == np.uint8 and (record.image == 90).all()
+    assert (record.name, record.modality, record.body_part, record.subject) == ("a.png", "CT", "head", "7")
+    assert record.questions == (("Q?", "A."),) and record.findings is None and record.masks == {}
+
+
+def test_imagefolder_csv_with_quotes_and_findings_in_a_cell(tmp_path):
+    for i in range(4):
+        picture(tmp_path / "train" / f"{i}.png")
+    with open(tmp_path / "train" / "metadata.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "text", "findings"])
+        writer.writerow(["0.png", 'Says "yes",\nthen more.', '[{"name": "pleural_effusion", "side": "left"}]'])
+        writer.writerows([f"{i}.png", f"Text {i}.", ""] for i in (1, 2, 3))
+    record = rows_of(read_folder(tmp_path, 32, 1))['Says "yes", then more.']
+    assert record.findings == (Finding("pleural effusion", "left"),)
+
+
+def test_masks_and_findings(tmp_path):
+    picture(tmp_path / "train" / "m" / "left.png", 255, (20, 40))
+    picture(tmp_path / "train" / "a.png", 10, (20, 40))
+    image_folder(tmp_path, [{"file_name": "a.png", "text": "Found.", "masks": {"left_lung": "m/left.png"},
+                             "findings": [{"name": "pleural_effusion", "side": "left"}, {"name": "tubing", "side": None}]}])
+    record = rows_of(read_folder(tmp_path, 40, 1))["Found."]
+    assert record.findings == (Finding("pleural effusion", "left"), Finding("tubing"))
+    expected = np.zeros((40, 40), bool)
+    expected[:, 10:30] = True                                # padded like the image
+    assert np.array_equal(record.masks["left lung"], expected)
+    assert np.array_equal(record.image == 10, expected)
+
+
+def test_an_empty_list_of_findings_is_known_to_be_none(tmp_path):
+    records = rows_of(read_folder(image_folder(tmp_path, [{"file_name": "i0.png", "text": "N.", "findings": []}]), 32, 1))
+    assert records["N."].findings == () and records["Good 0."].findings is None
+
+
+def test_a_row_with_questions_needs_no_text(tmp_path):
+    row = {"file_name": "i0.png", "questions": [{"question": "Q?", "answer": "A."}]}
+    assert rows_of(read_folder(image_folder(tmp_path, [row]), 32, 1))[""].questions == (("Q?", "A."),)
+
+
+def test_three_channels(tmp_path):
+    Image.new("RGB", (40, 40), (200, 100, 50)).save(picture(tmp_path / "train" / "c.png"))
+    image_folder(tmp_path, [{"file_name": "c.png", "text": "Colour."}])
+    records = rows_of(read_folder(tmp_path, 32, 3))
+    assert records["Colour."].image.shape == (32, 32, 3) and (records["Colour."].image[5, 5] == (200, 100, 50)).all()
+    assert records["Good 0."].image.shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("name,split", [("val", "val"), ("validation", "val"), ("dev", "val"), ("Test", "test")])
+def test_folder_names_are_splits(tmp_path, name, split):
+    image_folder(tmp_path, [])
+    picture(tmp_path / name / "x.png")
+    image_folder(tmp_path, [{"file_name": "x.png", "text": "Held out."}], name, good=0)
+    assert [r.text for r in read_folder(tmp_path, 32, 1)[split]] == ["Held out."]
+
+
+# ROCOv2
+
+
+def test_rocov2(tmp_path):
+    for name, ids in (("train", ("a", "b", "c", "d")), ("valid", ("e",)), ("test", ("f",))):
+        with open(tmp_path / f"{name}_captions.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["ID", "Caption"])
+            for i in ids:
+                picture(tmp_path / name / f"{i}.{'png' if i == 'b' else 'jpg'}")
+                writer.writerow([i, f'The "{i}", with\na naïve break.'])
+    (tmp_path / "train_credits.csv").write_text("ID,Licence\na,free\n")
+    splits = read_folder(tmp_path, 32, 1)
+    assert [len(splits[s]) for s in ("train", "val", "test")] == [4, 1, 1]
+    assert [r.name for r in splits["train"]] == ["a.jpg", "b.png", "c.jpg", "d.jpg"]
+    assert splits["train"][0].text == 'The "a", with a naïve break.'
+
+
+def test_rocov2_names_the_id_whose_image_is_missing(tmp_path, capsys):
+    for i in "abc":
+        picture(tmp_path / "train" / f"{i}.jpg")
+    (tmp_path / "train_captions.csv").write_text("ID,Caption\na,A.\nb,B.\nc,C.\ngone,G.\n../../x,X.\n")
+    read_folder(tmp_path, 32, 1)
+    one, two, _ = messages(capsys)
+    assert "gone.jpg" in one and "there is no file" in one and "../../x" in two
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "nul\0byte", ""])
+def test_rocov2_odd_ids_are_skipped(tmp_path, capsys, name):
+    for i in "abc":
+        picture(tmp_path / "train" / f"{i}.jpg")
+    (tmp_path / "train_captions.csv").write_text(f"ID,Caption\na,A.\nb,B.\nc,C.\n{name},X.\n")
+    assert sum(map(len, read_folder(tmp_path, 32, 1).values())) == 3
+    assert "3 read, 1 skipped" in messages(capsys)[-1]
+
+
+# LLaVA
+
+
+def say(*values):
+    """A conversation whose turns alternate between human and gpt."""
+    return [{"from": ("human", "gpt")[i % 2], "value": v} for i, v in enumerate(values)]
+
+
+def llava_folder(root, items, good=4):
+    ordinary = [{"id": f"g{i}", "image": picture(root / "images" / f"g{i}.jpg").name,
+                 "conversations": say("<image>\nDescribe this image.", f"Good {i}.")} for i in range(good)]
+    (root / "instructions.json").write_text(json.dumps([*ordinary, *items]))
+    return root
+
+
+def test_llava_dialog_generate_report_and_question(tmp_path):
+    for name in ("dialog", "make", "report", "ask"):
+        picture(tmp_path / "images" / f"{name}.jpg")
+    llava_folder(tmp_path, [
+        {"image": "dialog.jpg", "conversations": say("<image>\nIs there a nodule?", "Yes.", "On which side?", "Left.")},
+        {"image": "make.jpg", "conversations": say("Generate an image: Chest CT: normal.", "<image>")},
+        {"image": "report.jpg", "conversations": say("Write the report.\n<image>", "All clear.")},
+        {"image": "ask.jpg", "conversations": say("Which part?\n<image>", "The hand.")}])
+    records = {r.name: r for r in rows_of_names(read_folder(tmp_path, 32, 1))}
+    assert records["dialog.jpg"].questions == (("Is there a nodule?", "Yes."),
+                                               ("Is there a nodule? Yes. On which side?", "Left."))
+    assert records["make.jpg"].text == "Chest CT: normal." and records["make.jpg"].questions == ()
+    assert records["report.jpg"].text == "All clear."
+    assert records["ask.jpg"].questions == (("Which part?", "The hand."),) and records["ask.jpg"].text == ""
+
+
+def rows_of_names(splits):
+    return [r for records in splits.values() for r in records]
+
+
+def test_llava_items_of_one_image_stay_in_one_split(tmp_path):
+    """The image is the subject: of a picture used twice neither item tells about the other's split."""
+    items = [{"image": f"g{i}.jpg", "conversations": say("<image>\nWhich part?", f"Part {i}.")} for i in range(4)]
+    splits = read_folder(llava_folder(tmp_path, items), 32, 1)
+    names = [{r.name for r in splits[s]} for s in ("train", "val", "test")]
+    assert sum(map(len, splits.values())) == 8 and sum(map(len, names)) == 4
+
+
+@pytest.mark.parametrize("item", [
+    {"image": "g0.jpg"}, {"image": "g0.jpg", "conversations": None}, {"image": "g0.jpg", "conversations": "hello"},
+    {"image": "g0.jpg", "conversations": 3}, {"image": "g0.jpg", "conversations": {"from": "human"}},
+    {"image": "g0.jpg", "conversations": []}, {"image": "g0.jpg", "conversations": [1, 2]},
+    {"image": "g0.jpg", "conversations": say("Describe.")},
+    {"image": "g0.jpg", "conversations": [{"from": "human"}, {"from": "gpt"}]},
+    {"image": "g0.jpg", "conversations": say("Which part?", None)},
+    {"image": "g0.jpg", "conversations": say("Which part?", ["The hand."])},
+    {"image": "g0.jpg", "conversations": say("<image>", "")},
+    {"image": None, "conversations": say("Which part?", "The hand.")},
+    {"image": ["g0.jpg"], "conversations": say("Which part?", "The hand.")},
+    {"conversations": say("Which part?", "The hand.")}, "text", None, 5, []])
+def test_llava_odd_items_are_skipped_with_a_message(tmp_path, capsys, item):
+    splits = read_folder(llava_folder(tmp_path, [item]), 32, 1)
+    said = messages(capsys)
+    assert sum(map(len, splits.values())) == 4
+    assert "instructions.json row 5" in said[0] and "4 read, 1 skipped" in said[-1]
+
+
+@pytest.mark.parametrize("conversations", [
+    [{"from": "system", "value": "You are kind."}, *say("Which part?", "The hand.")],
+    [{"from": "gpt", "value": "Hello."}, *say("Which part?", "The hand.")],
+    say("Which part?", "The hand.", "And then?")])
+def test_llava_an_answer_never_becomes_a_question(tmp_path, conversations):
+    """With an odd number of turns the item is skipped, or its one real pair is kept."""
+    records = rows_of_names(read_folder(llava_folder(tmp_path, [{"image": "g0.jpg", "conversations": conversations}]), 32, 1))
+    assert {r.questions for r in records} <= {(), (("Which part?", "The hand."),)}
+
+
+def test_a_json_file_that_is_not_json_is_a_user_error(tmp_path):
+    picture(tmp_path / "a.jpg")
+    (tmp_path / "x.json").write_text("[{")
+    with pytest.raises(UserError, match="x.json is not JSON"):
+        read_folder(tmp_path, 32, 1)
+
+
+# Splits
+
+
+@pytest.mark.parametrize("given", [("train",), ("train", "test"), ("train", "val"), ("train", "val", "test")])
+def test_no_subject_is_in_two_splits(tmp_path, given):
+    """Patients A to T, and three of them in every split given."""
+    for split in given:
+        for subject in "ABCDEFGHIJKLMNOPQRST"[:20 if split == "train" else 3]:
+            picture(tmp_path / split / f"{split}{subject}.png")
+        rows = [{"file_name": p.name, "text": "T.", "patient_id": p.stem[-1]} for p in sorted((tmp_path / split).iterdir())]
+        image_folder(tmp_path, rows, split, good=0)
+    splits = read_folder(tmp_path, 32, 1)
+    subjects = [{r.subject for r in splits[s]} for s in ("train", "val", "test")]
+    assert all(subjects) and sum(map(len, subjects)) == len(set.union(*subjects))
+
+
+@pytest.mark.parametrize("seen", ["test", "val"])
+def test_a_missing_split_is_not_filled_with_subjects_of_the_other(seen):
+    """Most training patients are in the given split too: the missing one must come from the rest."""
+    record = lambda subject: data.Record(np.zeros((4, 4), np.uint8), "T.", subject, subject=subject)
+    splits = {"train": [record(s) for s in "ABCDEFGHIJ"], "val": [], "test": []}
+    splits[seen] = [record(s) for s in "ABCDEFG"]
+    splits = fill_splits(splits, "folder")
+    subjects = [{r.subject for r in splits[s]} for s in ("train", "val", "test")]
+    assert all(subjects) and sum(map(len, subjects)) == len(set.union(*subjects))
+
+
+def test_no_training_row_left_is_a_user_error():
+    record = lambda subject: data.Record(np.zeros((4, 4), np.uint8), "T.", subject, subject=subject)
+    splits = {"train": [record("A")], "val": [record("B")], "test": [record("A")]}
+    with pytest.raises(UserError, match="train"):
+        fill_splits(splits, "folder")
+
+
+def test_a_split_that_is_filled_is_the_same_every_time(tmp_path):
+    first = read_folder(image_folder(tmp_path / "a", [], good=9), 32, 1)
+    second = read_folder(image_folder(tmp_path / "b", [], good=9), 32, 1)
+    assert [[r.name for r in first[s]] for s in first] == [[r.name for r in second[s]] for s in second]
+    assert [len(first[s]) for s in ("train", "val", "test")] == [7, 1, 1]
+
+
+@pytest.mark.parametrize("good", [1, 2])
+def test_too_few_subjects_is_a_user_error(tmp_path, good):
+    with pytest.raises(UserError, match="at least 3 images"):
+        read_folder(image_folder(tmp_path, [], good=good), 32, 1)
+
+
+# Folders that cannot be used
+
+
+def test_a_missing_and_an_empty_folder_are_user_errors(tmp_path):
+    with pytest.raises(UserError, match="there is no such folder"):
+        read_folder(tmp_path / "gone", 32, 1)
+    with pytest.raises(UserError, match="empty or in no known layout"):
+        read_folder(tmp_path, 32, 1)
+
+
+def test_no_usable_row_is_a_user_error_that_counts_the_causes(tmp_path):
+    rows = [{"file_name": "a.png", "text": "T."}, {"file_name": "b.png", "text": "T."}, {"file_name": "i.png", "text": ""}]
+    with pytest.raises(UserError, match="no usable row.*2 there is no file.*1 the text is empty"):
+        read_folder(image_folder(tmp_path, rows, good=0), 32, 1)
+
+
+# Hostile rows: each is skipped with one message, and reading goes on
+
+SKIPPED = {
+    "a number for a name": {"file_name": 7, "text": "T."}, "no name": {"text": "T."},
+    "null for a name": {"file_name": None, "text": "T."}, "a list for a name": {"file_name": ["i0.png"], "text": "T."},
+    "an empty name": {"file_name": "", "text": "T."}, "the folder": {"file_name": ".", "text": "T."},
+    "a missing file": {"file_name": "gone.png", "text": "T."}, "upwards": {"file_name": "../outside.png", "text": "T."},
+    "down and up": {"file_name": "x/../../outside.png", "text": "T."},
+    "a drive": {"file_name": "C:\\x.png", "text": "T."}, "a share": {"file_name": "\\\\host\\x.png", "text": "T."},
+    "a null byte": {"file_name": "a\0b.png", "text": "T."}, "a long name": {"file_name": "a" * 5000 + ".png", "text": "T."},
+    "half a character": {"file_name": "\ud800.png", "text": "T."},
+    "a number for a text": {"file_name": "i0.png", "text": 5}, "a list for a text": {"file_name": "i0.png", "text": ["T."]},
+    "an object for a text": {"file_name": "i0.png", "text": {"en": "T."}}, "blanks": {"file_name": "i0.png", "text": " \n"},
+    "null for a text": {"file_name": "i0.png", "text": None}, "odd questions": {"file_name": "i0.png", "questions": 5},
+    "a number for a mask": {"file_name": "i0.png", "text": "T.", "masks": {"a": 3}},
+    "a mask outside": {"file_name": "i0.png", "text": "T.", "masks": {"a": "../outside.png"}},
+    "a list": "[1, 2]", "a number": "5", "a string": '"text"', "null": "null", "half a row": '{"file_name": "i0.png", "te',
+    "nested deeply": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_a_hostile_row_is_skipped_with_one_message(tmp_path, capsys, name):
+    picture(tmp_path / "outside.png")
+    image_folder(tmp_path, [SKIPPED[name], {"file_name": "i0.png", "text": "Last."}])
+    splits = read_folder(tmp_path, 32, 1)
+    said = messages(capsys)
+    assert "Last." in rows_of(splits) and sum(map(len, splits.values())) == 6
+    assert len(said) == 2 and "metadata.jsonl row 6" in said[0] and "6 read, 1 skipped" in said[1]
+
+
+@pytest.mark.parametrize("odd", [
+    {"masks": ["i1.png"]}, {"masks": "i1.png"}, {"findings": 3}, {"findings": ["effusion"]}, {"findings": [{"name": 4}]},
+    {"findings": [{"name": ""}]}, {"findings": [{"name": "effusion", "side": ["left"]}]}, {"patient_id": ["p"]},
+    {"patient_id": "\ud800"},
+    {"modality": 3}, {"questions": [1, {"question": 2, "answer": 3}]},
+    {"questions": [{"question": "Half \ud800?", "answer": "A."}]}, {"text": "A lone \ud800 surrogate."}])
+def test_an_odd_field_gives_a_sound_record_or_a_skipped_row(tmp_path, odd):
+    """Findings that cannot be read must not turn into "known to have none"; all must be countable and printable."""
+    image_folder(tmp_path, [{"file_name": "i0.png", "text": "Odd.", **odd}])
+    for record in rows_of_names(read_folder(tmp_path, 32, 1)):
+        assert record.findings is None or {data.key(f) for f in record.findings} == {("effusion", "")}
+        assert all(isinstance(v, str) for v in (record.subject, record.modality, record.text))
+        "".join([record.text, *sum(record.questions, ())]).encode()
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path, capsys):
+    """U+2028 and U+0085 are legal inside a JSON string; only a newline ends a line of JSON lines."""
+    image_folder(tmp_path, ['{"file_name": "i0.png", "text": "One\u2028two\u0085three."}'])
+    assert "One two three." in rows_of(read_folder(tmp_path, 32, 1))
+    assert messages(capsys)[0].count("0 skipped") == 1
+
+
+def test_a_huge_csv_field_is_no_traceback(tmp_path):
+    for i in range(4):
+        picture(tmp_path / f"{i}.png")
+    rows = "".join(f"{i}.png,Text {i}.\n" for i in range(4))
+    (tmp_path / "metadata.csv").write_text("file_name,text\n" + rows + "0.png," + "a" * 200_000 + "\n")
+    assert sum(map(len, read_folder(tmp_path, 32, 1).values())) in (4, 5)
+
+
+def test_ragged_csv_rows_are_no_traceback(tmp_path):
+    for i in range(4):
+        picture(tmp_path / f"{i}.png")
+    rows = "".join(f"{i}.png,Text {i}.,more,and more\n" for i in range(4))
+    (tmp_path / "metadata.csv").write_text("file_name,text\n" + rows + "0.png\n")
+    assert sum(map(len, read_folder(tmp_path, 32, 1).values())) == 4
+
+
+def test_an_absolute_path_is_refused_also_where_it_exists(tmp_path, capsys):
+    """A drive and a share are absolute too, whatever this machine's own paths look like."""
+    picture(tmp_path / "train" / "C:x.png")
+    paths = (str(picture(tmp_path / "train" / "real.png")), "C:x.png", "\\\\host\\x.png")
+    read_folder(image_folder(tmp_path, [{"file_name": p, "text": "T."} for p in paths]), 32, 1)
+    assert ["absolute path" in line for line in messages(capsys)] == [True, True, True, True]
+
+
+def test_a_symlink_out_of_the_folder_is_refused(tmp_path, capsys):
+    picture(tmp_path / "outside.png")
+    image_folder(tmp_path, [{"file_name": "link.png", "text": "T."}])
+    (tmp_path / "train" / "link.png").symlink_to(tmp_path / "outside.png")
+    read_folder(tmp_path, 32, 1)
+    assert "leads out of" in messages(capsys)[0]
+
+
+def test_a_symlink_loop_is_skipped(tmp_path, capsys):
+    image_folder(tmp_path, [{"file_name": "loop.png", "text": "T."}])
+    (tmp_path / "train" / "loop.png").symlink_to("loop.png")
+    read_folder(tmp_path, 32, 1)
+    assert "loop.png" in messages(capsys)[0]
+
+
+def test_the_last_line_counts_by_cause_in_whole_words(tmp_path, capsys):
+    rows = [{"file_name": "gone1.png", "text": "T."}, {"file_name": "gone2.png", "text": "T."},
+            {"file_name": "i0.png", "text": ""}, {"file_name": "i0.png", "text": ""}, {"file_name": "i0.png", "text": ""}]
+    read_folder(image_folder(tmp_path, rows), 32, 1)
+    assert "5 read, 5 skipped (3 the text is empty; 2 there is no file" in messages(capsys)[-1]
+
+
+# Images
+
+
+def png_header(width, height):
+    """A PNG that claims a size and holds next to nothing."""
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)) \
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [9_000, 60_000])
+def test_a_bomb_is_refused_from_its_header(tmp_path, monkeypatch, side):
+    (tmp_path / "bomb.png").write_bytes(png_header(side, side))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(BadRow, match="pixels"):
+        read_image(tmp_path / "bomb.png", 32, 1)
+
+
+def test_a_long_thin_image_takes_no_huge_square(tmp_path, monkeypatch):
+    """16 x 20000 pixels are few, but the square around them would be 400 million."""
+    picture(tmp_path / "thin.png", 50, (16, 20_000))
+    new = Image.new
+
+    def guarded(mode, size, *rest):
+        assert size[0] * size[1] <= data.MAX_PIXELS, f"asks for {size}"
+        return new(mode, size, *rest)
+
+    monkeypatch.setattr(Image, "new", guarded)
+    try:
+        assert read_image(tmp_path / "thin.png", 32, 1).shape == (32, 32)
+    except BadRow:
+        pass
+
+
+@pytest.mark.parametrize("size", [(1, 1), (15, 40), (40, 15)])
+def test_an_image_too_small_is_refused_with_its_size(tmp_path, size):
+    with pytest.raises(BadRow, match=f"{size[0]}x{size[1]}"):
+        read_image(picture(tmp_path / "small.png", 5, size), 32, 1)
+
+
+@pytest.mark.parametrize("name,content", [("empty.png", b""), ("text.png", b"plain text"), ("cut.png", None)])
+def test_a_file_that_is_no_image_is_refused_in_words(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(picture(tmp_path / "whole.png").read_bytes()[:700] if content is None else content)
+    with pytest.raises(BadRow, match="empty|readable"):
+        read_image(path, 32, 1)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I", "CMYK", "F"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_mode_gives_the_same_gray(tmp_path, mode, channels):
+    """Gray 128 in whatever mode (0/255 in mode 1, a 16-bit scale in I;16 and I)."""
+    path = tmp_path / f"x.{'png' if mode in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'I;16') else 'tiff'}"
+    if mode in ("I;16", "I"):
+        Image.fromarray(np.full((32, 32), 128 * 257 + 100, np.uint16 if mode == "I;16" else np.int32)).save(path)
+    else:
+        Image.new("L", (32, 32), 128 if mode != "1" else 255).convert(mode).save(path)
+    image = read_image(path, 32, channels)
+    assert image.shape == ((32, 32) if channels == 1 else (32, 32, 3)) and image.dtype == np.uint8
+    assert np.abs(image.astype(int) - (255 if mode == "1" else 128)).max() <= 1
+
+
+def test_an_image_is_padded_to_a_square_with_black(tmp_path):
+    image = read_image(picture(tmp_path / "wide.png", 200, (64, 32)), 64, 1)
+    assert (image[16:48] == 200).all() and (image[:16] == 0).all() and (image[48:] == 0).all()
+
+
+# The sample data, where it is present
+
+
+def sample(name):
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"no {SHARED / name}")
+    return SHARED / name
+
+
+@pytest.mark.parametrize("name,rows,test_rows", [("mednist", 4200, 600), ("covid_cxr", 44, 10),
+                                                 ("rocov2_layout", 80, 20), ("llava_layout", 60, None)])
+def test_real_sets_are_read_whole(name, rows, test_rows, capsys):
+    splits = read_folder(sample(name), 32, 1)
+    assert sum(map(len, splits.values())) == rows
+    assert test_rows is None or len(splits["test"]) == test_rows
+    subjects = [{r.subject for r in splits[s]} for s in ("train", "val", "test")]
+    assert all(subjects) and sum(map(len, subjects)) == len(set.union(*subjects))
+
+
+def test_covid_masks_fit_their_images_and_sides():
+    for record in rows_of_names(read_folder(sample("covid_cxr"), 32, 1)):
+        assert record.findings and all(m.shape == (32, 32) for m in record.masks.values())
+        if {"left lung", "right lung"} <= record.masks.keys():
+            left, right = (np.nonzero(record.masks[f"{s} lung"])[1].mean() for s in ("left", "right"))
+            assert left > right                              # the patient's left is the image's right
+
+
+def test_llava_sample_gives_texts_and_questions():
+    records = rows_of_names(read_folder(sample("llava_layout"), 32, 1))
+    assert sum(bool(r.text) for r in records) == 12 + 12
+    assert sum(len(r.questions) for r in records) == 30 + 6 * 2
+    assert not any("<image>" in r.text + str(r.questions) for r in records)
+    assert not any(r.text.lower().startswith("generate") for r in records)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A copy of broken/ (read_folder remembers paths) whose absolute path names a real image."""
+    root = tmp_path_factory.mktemp("data") / "broken"
+    shutil.copytree(sample("broken"), root)
+    path = root / "train" / "metadata.jsonl"
+    path.write_text(path.read_text().replace("/data/outside.jpeg", str(root / "train" / "images" / "good_last.jpeg")))
+    return root
+
+
+def test_broken_is_read_as_expected(broken, capsys):
+    splits = read_folder(broken, 64, 1)
+    assert {r.name for r in rows_of_names(splits)} == {f"images/{n}" for n in (
+        "good_first.jpeg", "long_text.jpeg", "gray16.png", "palette_alpha.png", "rgba.png", "cmyk.jpeg", "good_last.jpeg")}
+    said = messages(capsys)
+    assert len(said) == 11 and "7 read, 10 skipped" in said[-1]
+    for line, (number, name, cause) in zip(said, [
+            (2, "truncated.jpeg", "truncated"), (3, "zero_bytes.png", "empty"), (4, "text_file.png", "not a readable"),
+            (5, "missing.png", "no file"), (6, "../outside.jpeg", "leads out"), (7, "good_last.jpeg", "absolute"),
+            (8, "empty_text.jpeg", "text is empty"), (9, "metadata.jsonl", "not JSON"), (11, "one_pixel.png", "1x1"),
+            (16, "bomb.png", "pixels")]):
+        assert f"row {number}" in line and name in line and cause in line, line
+
+
+@pytest.mark.parametrize("name,mean", [("gray16.png", 72), ("palette_alpha.png", 43), ("rgba.png", 24), ("cmyk.jpeg", 17)])
+def test_odd_modes_of_broken_have_the_expected_means(name, mean):
+    path = sample("broken") / "train" / "images" / name
+    with Image.open(path) as image:
+        size = max(image.size)
+    assert abs(read_image(path, size, 1).mean() - mean) <= 1
+    assert abs(read_image(path, size, 3).mean() - mean) <= 1
+
+
+def test_the_long_text_of_broken_fits_the_models_context(broken, capsys):
+    record = next(r for r in rows_of_names(read_folder(broken, 64, 1)) if r.name == "images/long_text.jpeg")
+    vocab = Vocabulary.train(["CT of the abdomen."] * 9, 4, text_size=300)
+    study = data.Study(np.arange(4), record.text, (), (), None, ("report",))
+    ids, labels = collate([make_example(study, "report", vocab, np.random.default_rng(s)) for s in (0, 1)], vocab.pad)
+    assert (labels != -100).sum(1).tolist() == [MAX_TEXT + 1] * 2 and ids.dtype == torch.long
+    assert capsys.readouterr().out.count("cut to") == 1

@@ -1,0 +1,72 @@
+"""The README keeps its word: its flags exist, its commands run, its files are there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import dpo
+import sample
+import sft
+import vqgan
+from data import Phantoms
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PROGRAMS = {"vqgan.py": vqgan, "sft.py": sft, "dpo.py": dpo, "sample.py": sample}
+# a command as a list of words, without "python"
+COMMANDS = [shlex.split(c) for c in re.findall(r"(?<=python )(\w+\.py[^&`\n]*)", README)]
+
+
+def test_the_readme_shows_commands_of_the_programs():
+    assert {c[0] for c in COMMANDS} >= {"sft.py", "dpo.py", "sample.py"}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_exits_0_and_explains_every_flag(program):
+    done = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--preset" in done.stdout and "(default: small)" in done.stdout
+
+
+def test_every_flag_named_in_the_readme_exists():
+    """Also in prose: a word like --image-size belongs to one of the programs."""
+    known = {"--help"}
+    for module in PROGRAMS.values():
+        Config = next(v for n, v in vars(module).items() if n.endswith("Config") and hasattr(v, "records")
+                      and v.__module__ == module.__name__)
+        known |= {"--" + f.replace("_", "-") for f in Config.__dataclass_fields__}
+    named = {f for c in COMMANDS for f in c if f.startswith("--")} | set(re.findall(r"`(--[a-z-]+)", README))
+    assert named <= known, named - known
+
+
+def test_every_file_named_in_the_readme_exists():
+    for path in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\":]+)\"", README):
+        assert (ROOT / "".join(path)).exists(), path
+
+
+def test_the_folder_commands_run_on_a_toy_folder(tmp_path, monkeypatch):
+    """`dpo.py --data`, then `sample.py --data` and each question to one's own image, at tiny size."""
+    write_toy_folder(tmp_path / "DIR")
+    Image.fromarray(Phantoms("val", 1)[0].image).save(tmp_path / "IMAGE.png")
+    monkeypatch.chdir(tmp_path)
+    own = [c for c in COMMANDS if "DIR" in c or "IMAGE.png" in c or c[1:2] == ["generate"]]
+    assert len(own) >= 6
+    for name, *words in own:
+        if "--data" not in words:
+            words += ["--out", "out-mine"]
+        PROGRAMS[name].main([*words, "--preset", "tiny"])
+    assert (tmp_path / "out-mine/eval.json").exists() and (tmp_path / "out-mine/samples.png").exists()
+
+
+def write_toy_folder(folder):
+    """Twelve phantoms as an ImageFolder with metadata.jsonl."""
+    import json
+    (folder / "train").mkdir(parents=True)
+    with open(folder / "train/metadata.jsonl", "w") as f:
+        for i, record in enumerate(Phantoms("train", 12)[j] for j in range(12)):
+            Image.fromarray(record.image).save(folder / f"train/{i}.png")
+            f.write(json.dumps({"file_name": f"{i}.png", "text": record.text, "modality": record.modality}) + "\n")
