@@ -18,6 +18,7 @@ vocabulary and the prompts of the four tasks; distortions; preference pairs.
 import csv
 import io
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -489,16 +490,25 @@ class BadRow(ValueError):
     """Why one row of a data set cannot be used, in words."""
 
 
+def printable(text):
+    """The text with half characters (JSON's lone "\\ud800") as "?": they can be neither printed nor tokenized."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def inside(root, name):
     """The path of `name` under root. Raises BadRow for a path that is absolute or leads out of root."""
     if not isinstance(name, str) or not name:
         raise BadRow("no file name")
     if Path(name).is_absolute() or re.match(r"[A-Za-z]:|\\", name):
         raise BadRow(f"absolute path {name}; paths are relative to the metadata's folder")
-    path = (root / name).resolve()
+    try:
+        path = (root / name).resolve()
+        there = path.is_file()
+    except (OSError, ValueError, RuntimeError):      # too long, a null byte, half a character; a loop of links
+        raise BadRow("the file name cannot be used")
     if not path.is_relative_to(root.resolve()):
         raise BadRow(f"the path {name} leads out of the data folder")
-    if not path.is_file():
+    if not there:
         raise BadRow(f"there is no file {name}")
     return path
 
@@ -525,10 +535,11 @@ def read_image(path, size, channels, is_mask=False):
             raise
         raise BadRow(f"not a readable image ({str(error).split(' <')[0].replace(str(path), path.name)})")
     image = image.convert("RGB" if channels == 3 and not is_mask else "L")
-    square = Image.new(image.mode, [max(image.size)] * 2)
-    square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
-    if square.width != size:
-        square = square.resize((size, size), Image.Resampling.BOX if is_mask else Image.Resampling.LANCZOS)
+    if max(image.size) != size:           # before padding: the square around a long strip may not fit into memory
+        shape = [max(1, round(side * size / max(image.size))) for side in image.size]
+        image = image.resize(shape, Image.Resampling.BOX if is_mask else Image.Resampling.LANCZOS)
+    square = Image.new(image.mode, (size, size))
+    square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     return np.asarray(square)
 
 
@@ -550,21 +561,30 @@ def row_record(row, root, size, channels):
         raise BadRow("the row is not an object with named fields")
     text = row.get("text") or row.get("caption") or row.get("report") or ""
     questions = [(q.get("question"), q.get("answer")) for q in as_list(row.get("questions")) if isinstance(q, dict)]
-    questions = tuple((q, a) for q, a in questions if isinstance(q, str) and isinstance(a, str) and q and a)
+    questions = tuple((printable(q), printable(a)) for q, a in questions if isinstance(q, str) and isinstance(a, str) and q and a)
     if not isinstance(text, str) or not (text.strip() or questions):
         raise BadRow("the text is empty")
     path = inside(root, row.get("file_name"))
     findings = row.get("findings")
     if findings is not None:
-        findings = tuple(Finding(f["name"].replace("_", " "), f.get("side") or "")
-                         for f in as_list(findings) if isinstance(f, dict) and isinstance(f.get("name"), str))
+        findings = None if findings == "" else read_named(findings)
     masks = {}
     for structure, file in (row.get("masks") or {}).items() if isinstance(row.get("masks"), dict) else ():
         masks[structure.replace("_", " ")] = read_image(inside(root, file), size, channels, is_mask=True) > 127
     subject = next((str(row[k]) for k in ("patient_id", "subject_id", "subject", "study_id") if row.get(k)), "")
-    return Record(read_image(path, size, channels), " ".join(text.split()), row["file_name"], findings, masks,
+    return Record(read_image(path, size, channels), printable(" ".join(text.split())), row["file_name"], findings, masks,
                   str(row.get("modality") or ""), str(row.get("body_part") or ""), questions,
                   subject or row["file_name"])
+
+
+def read_named(value):
+    """The field `findings` of a row as a tuple of Finding. Raises BadRow: what is odd must not count as none."""
+    rows = as_list(value)
+    odd = [f for f in rows if not isinstance(f, dict) or not isinstance(f.get("name"), str) or not f["name"].strip()
+           or f.get("side") not in (None, "", *LR, "bilateral")]
+    if odd or not (isinstance(value, list) or str(value).strip().startswith("[")):
+        raise BadRow('findings must be a list of {"name", "side"}, the side left, right, bilateral or null')
+    return tuple(Finding(f["name"].replace("_", " "), f.get("side") or "") for f in rows)
 
 
 def as_list(value):
@@ -581,14 +601,15 @@ def metadata_rows(path):
     """(line number, row or BadRow) of a metadata.jsonl or a CSV file."""
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     if path.suffix == ".csv":
+        csv.field_size_limit(max(len(text), 131_072))
         reader = csv.DictReader(io.StringIO(text))
         yield from ((reader.line_num, row) for row in reader)
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 yield number, BadRow("the line is not JSON")
 
 
@@ -607,7 +628,7 @@ def rocov2_rows(folder):
         name = file.name[:-len("_captions.csv")]
         for number, row in metadata_rows(file):
             found = next((f"{row.get('ID')}{end}" for end in (".jpg", ".png", ".jpeg")
-                          if (folder / name / f"{row.get('ID')}{end}").is_file()), f"{row.get('ID')}.jpg")
+                          if os.path.isfile(folder / name / f"{row.get('ID')}{end}")), f"{row.get('ID')}.jpg")
             row = {"file_name": found, "text": row.get("Caption")}
             yield SPLIT_NAMES.get(name.lower(), "train"), file, number, row, folder / name
 
@@ -634,6 +655,8 @@ def turns(conversations):
     A later question keeps the turns before it. A request for an image gives its own words as the text."""
     row, so_far = {"questions": []}, ""
     for human, gpt in zip(conversations[::2], conversations[1::2]):
+        if (human["from"], gpt["from"]) != ("human", "gpt"):
+            raise KeyError("from")
         ask, answer = (" ".join(t["value"].replace("<image>", " ").split()) for t in (human, gpt))
         if not answer and "<image>" in gpt["value"]:
             row["text"] = re.sub(r"^(generate|draw|create|make)\b[^:]*:\s*", "", ask, flags=re.I)
@@ -667,8 +690,9 @@ def read_folder(folder, size, channels):
                 splits[split].append(row_record(row, image_root, size, channels))
             except BadRow as why:
                 name = row.get("file_name") if isinstance(row, dict) else None
-                tqdm.write(f"skipped {file.relative_to(root)} row {number}{f' ({name})' if name else ''}: {why}")
-                skipped[re.sub(r"[\d,x]+|\S*[/.]\S+", "…", str(why))] += 1
+                name = f" ({str(name)[:100]})" if name else ""
+                tqdm.write(printable(f"skipped {file.relative_to(root)} row {number}{name}: {why}"))
+                skipped[re.sub(r"\d[\d,x]*|\S*[/.]\S+", "…", str(why))] += 1
         if seen:
             break
     if not seen:
@@ -684,19 +708,24 @@ def read_folder(folder, size, channels):
 
 def fill_splits(splits, folder):
     """Give a missing validation or test split a tenth of the training subjects, at least one."""
+    taken = set()
+    for split in ("test", "val", "train"):             # a subject named in several splits stays in the first of these
+        rows = [r for r in splits[split] if r.subject not in taken]
+        if dropped := len(splits[split]) - len(rows):
+            tqdm.write(f"{folder}: {dropped} rows of {split} dropped: their subjects are also in another split")
+        splits[split] = rows
+        taken |= {r.subject for r in rows}
     for split in ("test", "val"):
         if not splits[split]:
-            subjects = sorted({r.subject for r in splits["train"]}, key=lambda s: (zlib.crc32(s.encode()), s))
+            subjects = sorted({r.subject for r in splits["train"]}, key=lambda s: (zlib.crc32(printable(s).encode()), s))
             if len(subjects) < 2:
                 raise UserError(f"--data {folder}: {len(subjects)} training subject(s) are too few to hold one "
                                 f"out as {split}; at least 3 images of different subjects are needed")
             held = set(subjects[:max(1, len(subjects) // 10)])
             splits[split] = [r for r in splits["train"] if r.subject in held]
             splits["train"] = [r for r in splits["train"] if r.subject not in held]
-    held = {r.subject for s in ("val", "test") for r in splits[s]}
-    if shared := [r for r in splits["train"] if r.subject in held]:
-        tqdm.write(f"{folder}: {len(shared)} training rows dropped: their subjects are also in validation or test")
-        splits["train"] = [r for r in splits["train"] if r.subject not in held]
+    if not splits["train"]:
+        raise UserError(f"--data {folder}: no training row is left whose subject is not also in val or test")
     return splits
 
 
