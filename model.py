@@ -368,11 +368,18 @@ SHARED_PRESETS = {"tiny": dict(records=96, image_size=32), "small": {},
                   "base": dict(records=100_000, image_size=256)}
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors in one line."""
+
+    def error(self, message):
+        sys.exit(print(f"error: {message}; --help explains every flag", file=sys.stderr) or 2)
+
+
 def cli(Config, presets, argv=None, doc=None):
     """Parse flags into a Config (a dataclass of `arg` fields): defaults, then preset, then flags given.
 
     presets maps a preset's name to its values. Unknown flags exit with status 2, as argparse does."""
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
         flag, options = "--" + f.name.replace("_", "-"), dict(f.metadata)
         if options.pop("positional", False):
