@@ -32,7 +32,7 @@ from PIL import Image, ImageFilter
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from model import UserError, generate
+from model import UserError
 
 # ---------------------------------------------------------------------------------------------
 # Records
@@ -63,7 +63,6 @@ class Record:
     questions: tuple = ()             # of (question, answer)
     subject: str = ""                 # patient; no subject is in two splits
     spec: "Spec | None" = None        # phantoms: what `draw` needs
-    tasks: tuple = ("report", "generate", "ask", "segment")
 
 
 def key(finding):
@@ -227,7 +226,7 @@ class Canvas:
             self.masks[name] = self.masks[name] | mask if name in self.masks else mask
 
 
-def draw_chest(c, spec, place):
+def draw_chest(c, spec, rng_of):
     """A frontal radiograph: body, lungs, ribs, heart, then the findings in the order of the table."""
     a = spec.rng("anatomy")
     found = {f.name: f for f in spec.findings}
@@ -250,23 +249,23 @@ def draw_chest(c, spec, place):
     if big:
         c.masks["cardiomegaly"] = c.masks["heart"]
     if f := found.get("effusion"):
-        s, r = sign(f.side), place("effusion")
+        s, r = sign(f.side), rng_of("effusion")
         level = base - (0.42 if f.size == "large" else 0.20) + r.uniform(-0.03, 0.03)
         meniscus = level - 0.28 * np.clip((s * c.x - 0.45) / 0.3, -0.5, 1)
         c.paint(lungs[f.side] * c.below(meniscus), 0.68, "effusion")
     if f := found.get("pneumothorax"):
-        s, r = sign(f.side), place("pneumothorax")
+        s, r = sign(f.side), rng_of("pneumothorax")
         depth = (0.34 if f.size == "large" else 0.20) + r.uniform(-0.02, 0.02)
         collapsed = c.ellipse(s * (0.45 - depth * 0.5), -0.05 + depth, width * 0.92, 0.70)
         air = lungs[f.side] * (1 - collapsed) * (1 - c.below(0.25))
         c.paint(air, 0.02, "pneumothorax")
     if f := found.get("consolidation"):
-        r = place("consolidation")
+        r = rng_of("consolidation")
         x, y = sign(f.side) * r.uniform(0.42, 0.56), {"upper": -0.38, "lower": 0.18}[f.place] + r.uniform(-0.06, 0.06)
         cloud = c.blob(x, y, r.uniform(0.17, 0.22)) * lungs[f.side]
         c.paint(0.85 * np.clip(1.3 * cloud, 0, 1), 0.60, "consolidation")
     if f := found.get("nodule"):
-        r = place("nodule")
+        r = rng_of("nodule")
         x, y = sign(f.side) * r.uniform(0.40, 0.58), {"upper": -0.40, "lower": 0.15}[f.place] + r.uniform(-0.12, 0.12)
         c.paint(c.ellipse(x, y, *[r.uniform(0.10, 0.125)] * 2), 0.92, "nodule")
 
@@ -287,12 +286,12 @@ def draw_ventricles(c, a, value, scale, shift):
                           a.uniform(0.22, 0.26) * (0.7 + 0.3 * scale)), value, "ventricles")
 
 
-def draw_head_ct(c, spec, place):
+def draw_head_ct(c, spec, rng_of):
     """An axial head CT: bright skull, gray brain, dark ventricles, then the findings."""
     a = spec.rng("anatomy")
     found = {f.name: f for f in spec.findings}
     inside, rx, ry = draw_skull(c, a, 0.95, a.uniform(0.40, 0.46))
-    shift = sign(found["shift"].side) * place("shift").uniform(0.15, 0.19) if "shift" in found else 0.0
+    shift = sign(found["shift"].side) * rng_of("shift").uniform(0.15, 0.19) if "shift" in found else 0.0
     falx = np.exp(-((c.x - shift * np.clip(1 - (c.y / ry) ** 2, 0, 1)) / 0.025) ** 2)
     c.paint(0.5 * falx * inside, 0.62)                         # the midline bulges with a shift
     draw_ventricles(c, a, 0.12, 1.75 if "hydrocephalus" in found else 1.0, shift)
@@ -301,23 +300,23 @@ def draw_head_ct(c, spec, place):
     if "hydrocephalus" in found:
         c.masks["hydrocephalus"] = c.masks["ventricles"]
     if f := found.get("infarct"):
-        r, s = place("infarct"), sign(f.side)
+        r, s = rng_of("infarct"), sign(f.side)
         radius = 0.32 if f.size == "large" else 0.21
         wedge = c.ellipse(s * (rx - 0.10), r.uniform(0.22, 0.36), radius, radius * 1.1) * inside
         c.paint(wedge, 0.18, "infarct")
     if f := found.get("haemorrhage"):
-        r, s = place("haemorrhage"), sign(f.side)
+        r, s = rng_of("haemorrhage"), sign(f.side)
         radius = (0.21 if f.size == "large" else 0.12) + r.uniform(-0.01, 0.01)
         c.paint(c.ellipse(s * r.uniform(0.34, 0.40), r.uniform(-0.42, -0.05), radius, radius * 1.1) * inside,
                 0.85, "haemorrhage")
     if f := found.get("subdural"):
-        r, s = place("subdural"), sign(f.side)
+        r, s = rng_of("subdural"), sign(f.side)
         thick = r.uniform(0.13, 0.17)
         crescent = inside * (1 - c.ellipse(-s * thick, 0, rx, ry + 0.02)) * (s * c.x > 0)
         c.paint(crescent, 0.68, "subdural")
 
 
-def draw_brain_mri(c, spec, place):
+def draw_brain_mri(c, spec, rng_of):
     """An axial T2-like brain MRI: thin scalp, textured brain, bright fluid, then the findings."""
     a = spec.rng("anatomy")
     found = {f.name: f for f in spec.findings}
@@ -330,23 +329,23 @@ def draw_brain_mri(c, spec, place):
     c.paint(rim * sulci * (1.0 if wide else 0.6), 0.85, "atrophy" if wide else None)
     draw_ventricles(c, a, 0.88, 1.15 if wide else 1.0, 0.0)
     if f := found.get("oedema"):
-        r, s = place("oedema"), sign(f.side)
+        r, s = rng_of("oedema"), sign(f.side)
         cloud = c.blob(s * r.uniform(0.34, 0.38), r.uniform(0.28, 0.36), r.uniform(0.19, 0.22)) * inside
         c.paint(np.clip(1.4 * cloud, 0, 1) * 0.85, 0.70, "oedema")
     if "lesions" in found:
-        r = place("lesions")
+        r = rng_of("lesions")
         for side in LR:
             for y in (-0.50, -0.22, 0.12):
                 spot = c.ellipse(sign(side) * r.uniform(0.25, 0.40), y + r.uniform(-0.06, 0.06), 0.058, 0.058)
                 c.paint(spot, 0.95, "lesions")
     if f := found.get("tumour"):
-        r, s = place("tumour"), sign(f.side)
+        r, s = rng_of("tumour"), sign(f.side)
         radius = (0.22 if f.size == "large" else 0.15) + r.uniform(-0.01, 0.01)
         x, y = s * r.uniform(0.32, 0.38), r.uniform(-0.38, -0.22)
         c.paint(c.ellipse(x, y, radius, radius), 0.92, "tumour")
         c.paint(c.ellipse(x, y, radius * 0.5, radius * 0.5), 0.40)
     if f := found.get("cyst"):
-        r, s = place("cyst"), sign(f.side)
+        r, s = rng_of("cyst"), sign(f.side)
         c.paint(c.ellipse(s * (rx - 0.16), r.uniform(0.02, 0.12), 0.13, 0.17) * inside, 0.02, "cyst")
 
 
@@ -393,8 +392,8 @@ def ask_phantom(spec):
     kinds = MODALITIES[spec.modality]
     present = {f.name: f for f in spec.findings}
     absent = [n for n in kinds if n not in present]
-    is_there = lambda name: r.choice(("Is there {}?", "Does the image show {}?")).format(a(kinds[name].absent))
-    a = lambda noun: noun if noun.endswith("lesions") else f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+    article = lambda noun: noun if noun.endswith("lesions") else f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+    is_there = lambda name: r.choice(("Is there {}?", "Does the image show {}?")).format(article(kinds[name].absent))
     questions = [("Which modality is this?", f"{spec.modality[0].upper() + spec.modality[1:]}.")]
     if present:
         questions.append((is_there(r.choice(list(present))), "Yes."))
@@ -464,12 +463,17 @@ def stack(images, channels):
     return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
 
 
+def spread(total, n):
+    """min(n, total) indices, evenly spread over range(total): a folder may be sorted by modality."""
+    return np.linspace(0, total, min(n, total), endpoint=False).astype(int)
+
+
 def image_stack(records, n, mask_share, channels, seed):
-    """Up to n training images as uint8 (n, C, H, W); a share of them masks, white on black."""
+    """Up to n images, spread over the records, as uint8 (n, C, H, W); a share of them masks, white on black."""
     rng = np.random.default_rng([seed, 1])
     images = []
-    for i in range(min(n, len(records))):
-        record = records[i]
+    for i in spread(len(records), n):
+        record = records[int(i)]
         if record.masks and rng.random() < mask_share:
             images.append(record.masks[sorted(record.masks)[rng.integers(len(record.masks))]] * np.uint8(255))
         else:
@@ -495,7 +499,7 @@ def printable(text):
     return text.encode("utf-8", "replace").decode()
 
 
-def inside(root, name):
+def path_inside(root, name):
     """The path of `name` under root. Raises BadRow for a path that is absolute or leads out of root."""
     if not isinstance(name, str) or not name:
         raise BadRow("no file name")
@@ -547,7 +551,8 @@ def to_eight_bits(image):
     """A PIL image of any mode as L or RGB."""
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image).astype(np.float32)
-        top = 65535.0 if image.mode.startswith("I") and values.max() > 255 else max(values.max(), 255.0)
+        # the depth is not written in the file: the least of 8, 12 and 16 bits that holds the largest value
+        top = next((t for t in (1.0, 255.0, 4095.0, 65535.0) if values.max() <= t), values.max())
         return Image.fromarray((values.clip(min=0) / top * 255).round().astype(np.uint8))
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
         image = image.convert("RGBA")
@@ -564,17 +569,27 @@ def row_record(row, root, size, channels):
     questions = tuple((printable(q), printable(a)) for q, a in questions if isinstance(q, str) and isinstance(a, str) and q and a)
     if not isinstance(text, str) or not (text.strip() or questions):
         raise BadRow("the text is empty")
-    path = inside(root, row.get("file_name"))
+    path = path_inside(root, row.get("file_name"))
     findings = row.get("findings")
     if findings is not None:
         findings = None if findings == "" else read_named(findings)
-    masks = {}
-    for structure, file in (row.get("masks") or {}).items() if isinstance(row.get("masks"), dict) else ():
-        masks[structure.replace("_", " ")] = read_image(inside(root, file), size, channels, is_mask=True) > 127
+    masks = {printable(structure.replace("_", " ")): read_image(path_inside(root, file), size, channels, is_mask=True) > 127
+             for structure, file in read_masks(row.get("masks")).items()}
     subject = next((str(row[k]) for k in ("patient_id", "subject_id", "subject", "study_id") if row.get(k)), "")
     return Record(read_image(path, size, channels), printable(" ".join(text.split())), row["file_name"], findings, masks,
                   str(row.get("modality") or ""), str(row.get("body_part") or ""), questions,
-                  subject or row["file_name"])
+                  subject)
+
+
+def read_masks(value):
+    """The field `masks` of a row, {structure: file}; in a CSV cell its JSON text. Raises BadRow."""
+    try:
+        value = json.loads(value) if isinstance(value, str) and value.strip() else value or {}
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise BadRow('masks must be {"structure": "file"}')
+    return value
 
 
 def read_named(value):
@@ -584,7 +599,7 @@ def read_named(value):
            or f.get("side") not in (None, "", *LR, "bilateral")]
     if odd or not (isinstance(value, list) or str(value).strip().startswith("[")):
         raise BadRow('findings must be a list of {"name", "side"}, the side left, right, bilateral or null')
-    return tuple(Finding(f["name"].replace("_", " "), f.get("side") or "") for f in rows)
+    return tuple(Finding(printable(f["name"].replace("_", " ")), f.get("side") or "") for f in rows)
 
 
 def as_list(value):
@@ -619,7 +634,8 @@ def imagefolder_rows(folder):
         for file in (sub / "metadata.jsonl", sub / "metadata.csv"):
             if file.is_file():
                 for number, row in metadata_rows(file):
-                    yield SPLIT_NAMES.get(sub.name.lower(), "train"), file, number, row, sub
+                    split = "train" if sub == folder else SPLIT_NAMES.get(sub.name.lower(), "train")
+                    yield split, file, number, row, sub
 
 
 def rocov2_rows(folder):
@@ -646,7 +662,7 @@ def llava_rows(folder):
                 row = {"file_name": item.get("image"), "subject": item.get("image"), **turns(item["conversations"])}
             except (KeyError, TypeError, AttributeError):
                 row = BadRow("not an object with an image and conversations")
-            yield "train", file, number, row, root
+            yield SPLIT_NAMES.get(file.stem.lower(), "train"), file, number, row, root
 
 
 def turns(conversations):
@@ -687,7 +703,10 @@ def read_folder(folder, size, channels):
             try:
                 if isinstance(row, BadRow):
                     raise row
-                splits[split].append(row_record(row, image_root, size, channels))
+                record = row_record(row, image_root, size, channels)
+                # without a patient's name each file is its own subject; train/0.png is not test/0.png
+                record.subject = record.subject or (record.name if split == "train" else f"{split}/{record.name}")
+                splits[split].append(record)
             except BadRow as why:
                 name = row.get("file_name") if isinstance(row, dict) else None
                 name = f" ({str(name)[:100]})" if name else ""
@@ -729,9 +748,14 @@ def fill_splits(splits, folder):
     return splits
 
 
+def image_source(cfg):
+    """Where images come from: the folder's path, or "phantoms"."""
+    return str(Path(cfg.data).resolve()) if cfg.data else "phantoms"
+
+
 def data_name(cfg):
     """What a model trained with these flags was trained on, as its config.json says it."""
-    return str(Path(cfg.data).resolve()) if cfg.data else f"phantoms --bias {cfg.bias:g}"
+    return image_source(cfg) if cfg.data else f"phantoms --bias {cfg.bias:g}"
 
 
 def check_data(trained_on, cfg, folder):
@@ -768,7 +792,8 @@ MODALITY_PHRASES = {"CT": ("ct", "computed tomography"), "MRI": ("mri", "mr", "m
                     "radiograph": ("radiograph", "x ray", "xray", "cxr", "radiography")}
 BODY_PHRASES = {"abdomen": ("abdomen", "abdominal"), "breast": ("breast",), "chest": ("chest", "thorax", "lungs"),
                 "hand": ("hand",), "head": ("head", "brain", "skull")}
-NEGATION = re.compile(r"\b(no|not|without|absent|negative for|free of)\b")
+ABSENT = re.compile(r"\b(?:absent|(?:is|are|was|were) (?:not|no))\b")      # denies what stands before it
+NEGATION = re.compile(r"(?<!is )(?<!are )(?<!was )(?<!were )\b(?:no|not|without|negative for|free of)\b")
 
 
 def lexicon(records):
@@ -788,16 +813,13 @@ def phrase_pattern(phrases):
 def read_findings(text, phrases):
     """The findings that a report asserts, as a tuple of Finding; negated sentences assert nothing.
 
-    A sentence is read clause by clause (commas and "and"); a negation reaches to the sentence's end."""
+    A sentence is read clause by clause (commas and "and"), up to its first negation; a clause like
+    "nodule is absent" denies itself."""
     found = {}
     for sentence in re.split(r"[.;\n]+", text.lower().replace("-", " ")):
         sentence = re.sub(r"\bleft and right\b|\bright and left\b|\bboth\b", "bilateral", sentence)
-        negation = NEGATION.search(sentence)
-        at = 0
-        for clause in re.split(r"(,|\band\b)", sentence):
-            asserted = not negation or at + len(clause) <= negation.start()
-            at += len(clause)
-            if not asserted:
+        for clause in re.split(r",|\band\b", NEGATION.split(sentence)[0]):
+            if ABSENT.search(clause):
                 continue
             word = lambda *options: next((w for w in options if re.search(rf"\b{w}", clause)), "")
             for name, options in phrases.items():
@@ -902,11 +924,11 @@ class Vocabulary:
         return [i - self.image_start for i in ids]
 
     def image(self, codes):
-        """An image inside a prompt: <image> codes </image>; nothing if codes is None."""
-        return [] if codes is None else [self.boi, *self.codes_to_ids(codes), self.eoi]
+        """An image inside a prompt: <image> codes </image>."""
+        return [self.boi, *self.codes_to_ids(codes), self.eoi]
 
     def understand(self, codes, instruction):
-        """Prompt of report and ask: the image, then words. Either may be left out (None or "")."""
+        """Prompt of report and ask: the image, then words."""
         return [self.bos, *self.image(codes), *self.encode_text(instruction)]
 
     def draw(self, instruction):
@@ -965,7 +987,7 @@ def encode_records(records, vqgan, channels, seed, device, autocast, title="enco
         at = len(batch)
         for record, mine, own in zip(batch, codes, names):
             has = {"report": record.text, "generate": record.text, "ask": record.questions, "segment": own}
-            tasks = tuple(t for t in record.tasks if has[t])
+            tasks = tuple(t for t in has if has[t])
             studies.append(Study(mine, record.text, record.questions, tuple(zip(own, codes[at:at + len(own)])),
                                  record.findings, tasks))
             at += len(own)
@@ -1092,8 +1114,9 @@ def distort(records, index, kind, strength, rng):
 
     Global kinds are in PIXEL_DISTORTIONS. region-noise: noise inside one finding's mask only. remove, add,
     mirror: phantoms are drawn again with one finding taken out, put in or moved to the other side; a real
-    image has the finding's mask filled (remove) or is flipped (mirror). other: another record's image.
-    What a record cannot take falls back: remove and mirror to add, the rest to other."""
+    image has a finding's mask filled (remove) or is flipped (mirror). other: another record's image.
+    What a record cannot take falls back: a phantom's remove and mirror to add; a real image's add, and
+    its remove and region-noise where no finding has a mask, to other."""
     record = records[index]
     if kind in PIXEL_DISTORTIONS:
         return PIXEL_DISTORTIONS[kind](record.image, rng, strength), kind
@@ -1149,7 +1172,7 @@ def build_pairs(records, n, kinds, strength, seed, vqgan, channels, write, devic
             rng = np.random.default_rng([seed, 5, int(index)])
             image, kind = distort(records, int(index), kinds[rng.integers(len(kinds))], strength, rng)
             record = records[int(index)]
-            if not record.text or not {"report", "generate"} <= set(record.tasks):
+            if not record.text:
                 dropped["no text"] += 1
             elif image is None:
                 dropped["no distortion applies"] += 1

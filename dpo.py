@@ -17,9 +17,10 @@ model writes when shown m'. With the reward r(y|x) = β·(log π_θ(y|x) − log
 Text and image are the two directions of the paper (doi 10.1109/JBHI.2026.3707092, of which only the abstract is public); the
 conditional term is our reading of it, and --conditional-weight 0 gives the strict one.
 
-A healthy log starts at dpo_loss 0.6931 (log 2: policy == reference) in each term and margins 0, then
-margins grow. logps/chosen may fall meanwhile, as the loss rewards the gap and not the level: the anchor
-and SFT terms hold it.
+A healthy log starts at loss_text, loss_image and loss_conditional 0.6931 (log 2: policy == reference),
+loss_anchor twice that (it holds two sequences), dpo_loss their weighted sum, and all margins 0; then margins
+grow. logps/chosen may fall meanwhile, as the loss rewards the gap and not the level: the anchor and SFT terms
+hold it.
 """
 
 import dataclasses
@@ -35,11 +36,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import sft as sft_stage
-from data import (DISTORTIONS, INSTRUCTIONS, Pair, Vocabulary, build_pairs, check_data, collate, encode_records, make_example,
-                  open_data)
-from model import (GPT, Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage, get_lr,
-                   init_run, make_optimizers, pick, read_tensors, run, save_state, sequence_logps, set_lr, weights_hash)
-from sft import load_vqgan, response_loss, write_reports
+from data import (DISTORTIONS, INSTRUCTIONS, Pair, build_pairs, check_data, collate, data_name, encode_records,
+                  make_example, open_data, spread)
+from model import (Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage, get_lr, init_run,
+                   make_optimizers, pick, read_tensors, run, run_flags, save_state, sequence_logps, set_lr,
+                   weights_hash)
+from sft import load_gpt, load_vqgan, response_loss, write_reports
 
 
 @dataclass
@@ -50,18 +52,19 @@ class DPOConfig(RunConfig):
     steps: int = arg(300, "optimizer steps")
     batch_size: int = arg(16, "pairs a step")
     pairs: int = arg(4800, "pairs to build, from as many training records")
-    distort: tuple = arg(("remove", "add"), "kinds of distortion, mixed evenly: " + " ".join(DISTORTIONS))
+    distort: tuple = arg(("remove",), "kinds of distortion, mixed evenly: " + " ".join(DISTORTIONS))
     strength: int = arg(500, "noise and region-noise: DDPM step, 1 to 1000")
     pair_temperature: float = arg(1.0, "temperature of the SFT model's reports on distorted images")
-    beta: float = arg(0.2, "preference strength β: how far rewards follow log-ratios, per nat")
-    text_weight: float = arg(1.0, "λ_t: genuine report over the report of the distorted image")
-    image_weight: float = arg(1.0, "λ_i: genuine image over the distorted image")
+    beta: float = arg(0.5, "preference strength β: how far rewards follow log-ratios, per nat")
+    text_weight: float = arg(0.5, "λ_t: genuine report over the report of the distorted image")
+    image_weight: float = arg(0.1, "λ_i: genuine image over the distorted image")
     conditional_weight: float = arg(1.0, "λ_c: genuine report given the genuine over the distorted image")
-    anchor_weight: float = arg(0.5, "λ_a: chosen rewards over --anchor-delta")
+    anchor_weight: float = arg(0.2, "λ_a: chosen rewards over --anchor-delta")
     anchor_delta: float = arg(0.0, "δ: reward that the anchor asks of chosen sequences")
-    sft_weight: float = arg(1.0, "λ_s: mean negative log-probability of chosen sequences, per token")
+    sft_weight: float = arg(0.5, "λ_s: mean negative log-probability of chosen sequences, per token (the control: 1)")
     rehearsal_weight: float = arg(1.0, "λ_r: the same of questions, masks and emptied prompts")
-    rehearsal_size: int = arg(16, "rehearsal sequences a step")
+    rehearsal_size: int = arg(32, "rehearsal sequences a step")
+    rehearsal_records: int = arg(4800, "training records that rehearsal draws from")
     lr: float = arg(5e-4, "peak learning rate of embeddings and norms (AdamW)")
     muon_lr: float = arg(2e-3, "peak learning rate of the matrices inside blocks (Muon)")
     log_every: int = arg(10, "steps between log lines")
@@ -107,6 +110,7 @@ def bidpo_loss(rewards, keep, cfg):
 
 # Pairs as sequences
 
+# the chosen two first: the control and the NLL need no others
 SEQUENCES = ("text_chosen", "image_chosen", "text_rejected", "image_rejected", "text_distorted")
 
 
@@ -140,28 +144,25 @@ def reference_logps(model, pairs, vocab, cfg, device, autocast):
 
 
 def load_sft(cfg, device):
-    """The reference model and its vocabulary from cfg.out, trained first if missing."""
-    folder = Path(cfg.out) / "sft"
+    """The SFT model, its vocabulary and the image tokenizer of cfg.out, trained first if missing."""
+    folder, tokenizer = Path(cfg.out) / "sft", Path(cfg.out) / "vqgan"
+    if folder.exists() and not tokenizer.exists():
+        raise UserError(f"{folder} is there, the image tokenizer it was trained with, {tokenizer}, is not: bring it "
+                        "back, or remove both to train them again")
     if not folder.exists():
         tqdm.write(f"{folder} is missing: instruction tuning first")
-        sft_stage.train(pick(sft_stage.SFTConfig, cfg, **sft_stage.PRESETS[cfg.preset]))
-    model = GPT.from_pretrained(folder, device)
+        sft_stage.train(pick(sft_stage.SFTConfig, cfg, **sft_stage.PRESETS[cfg.preset], resume=cfg.resume))
+    vqgan = load_vqgan(cfg, device)
+    model, vocab = load_gpt(folder, vqgan, device)
     check_data(model.config.data, cfg, folder)
-    return model, Vocabulary.load(folder)
-
-
-def check_tokenizer(model, vqgan, folder):
-    """A GPT reads the codes of one tokenizer only. Raises UserError for any other."""
-    if model.config.vqgan_hash != weights_hash(vqgan):
-        raise UserError(f"{folder} was trained with another image tokenizer than the vqgan folder beside it; "
-                        "train it again with `python sft.py`, or bring back the tokenizer")
+    return model, vocab, vqgan
 
 
 def load_or_build_pairs(cfg, data, vqgan, model, vocab, device, autocast):
     """The preference pairs of this recipe: from out/pairs if it was made by the same one, else built."""
     folder = Path(cfg.out) / "pairs"
-    recipe = {k: getattr(cfg, k) for k in ("data", "seed", "bias", "records", "pairs", "strength", "pair_temperature")}
-    recipe |= {"distort": list(cfg.distort), "sft": weights_hash(model)}
+    recipe = {k: getattr(cfg, k) for k in ("seed", "records", "pairs", "strength", "pair_temperature")}
+    recipe |= {"data": data_name(cfg), "distort": list(cfg.distort), "sft": weights_hash(model)}
     if (folder / "config.json").exists() and json.loads((folder / "config.json").read_text()) == recipe:
         codes = read_tensors(folder / "codes.safetensors")
         rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -171,15 +172,17 @@ def load_or_build_pairs(cfg, data, vqgan, model, vocab, device, autocast):
     write = lambda codes, seed: write_reports(model, codes, vocab, cfg.pair_temperature, seed)
     pairs = build_pairs(data["train"], cfg.pairs, cfg.distort, cfg.strength, cfg.seed, vqgan, cfg.channels, write,
                         device, autocast)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    new = folder.with_name("pairs.partial")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
     save_file({"genuine": torch.tensor(np.stack([p.codes for p in pairs])),
-               "distorted": torch.tensor(np.stack([p.distorted for p in pairs]))}, folder / "codes.safetensors")
-    with open(folder / "pairs.jsonl", "w", encoding="utf-8") as f:
+               "distorted": torch.tensor(np.stack([p.distorted for p in pairs]))}, new / "codes.safetensors")
+    with open(new / "pairs.jsonl", "w", encoding="utf-8") as f:
         for pair in pairs:
             row = {k: v for k, v in dataclasses.asdict(pair).items() if k not in ("codes", "distorted")}
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
-    (folder / "config.json").write_text(json.dumps(recipe, indent=2) + "\n")     # last: the folder is whole
+    (new / "config.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    finish_stage(cfg, "pairs")
     return pairs
 
 
@@ -206,7 +209,7 @@ def check_flags(cfg):
         raise UserError(f"--distort {' '.join(unknown)} is unknown; there are: {', '.join(DISTORTIONS)}")
     if not 1 <= cfg.strength <= 1000:
         raise UserError(f"--strength {cfg.strength} is a DDPM step: name a number from 1 to 1000")
-    if cfg.name in ("vqgan", "sft", "pairs", "judge") or Path(cfg.name).name != cfg.name:
+    if cfg.name in ("vqgan", "sft", "pairs", "judge", "..") or Path(cfg.name).name != cfg.name or Path(cfg.name).suffix:
         raise UserError(f"--name {cfg.name} is taken by another stage or is no plain name; name another")
 
 
@@ -215,21 +218,20 @@ def train(cfg):
     check_flags(cfg)
     name = cfg.name or ("control" if cfg.objective == "sft" else "dpo")
     device, autocast = init_run(cfg)
-    reference, vocab = load_sft(cfg, device)
-    vqgan = load_vqgan(cfg, device)
-    check_tokenizer(reference, vqgan, f"{cfg.out}/sft")
+    model, vocab, vqgan = load_sft(cfg, device)
     data = open_data(cfg)
-    pairs = load_or_build_pairs(cfg, data, vqgan, reference, vocab, device, autocast)
-    studies = encode_records([data["train"][i] for i in range(min(len(data["train"]), cfg.steps * cfg.rehearsal_size))],
+    pairs = load_or_build_pairs(cfg, data, vqgan, model, vocab, device, autocast)
+    studies = encode_records([data["train"][int(i)] for i in spread(len(data["train"]), cfg.rehearsal_records)],
                              vqgan, cfg.channels, cfg.seed, device, autocast, "encoding rehearsal")
     studies = [s for s in studies if any(REHEARSAL[t] > 0 for t in s.tasks)]
     preferring = cfg.objective == "bidpo"
     n_sequences = len(SEQUENCES) if preferring else 2            # the control needs the chosen two only
-    reference_of = reference_logps(reference, pairs, vocab, cfg, device, autocast) if preferring else None
+    # all that is needed of the reference: from here on the model is the policy
+    reference_of = reference_logps(model, pairs, vocab, cfg, device, autocast) if preferring else None
     keep_of = {"text": torch.tensor([p.text_differs for p in pairs], device=device).float(),
                "image": torch.tensor([p.image_differs for p in pairs], device=device).float()}
 
-    policy = GPT.from_pretrained(Path(cfg.out) / "sft", device)
+    policy = model
     optimizers = make_optimizers(policy, cfg.lr, cfg.muon_lr, weight_decay=0.0)
     folder, figures = begin_stage(cfg, name, [policy], optimizers)
     start = figures.get("step", 0)
@@ -243,7 +245,7 @@ def train(cfg):
             rehearsal = response_loss(policy, *make_rehearsal(studies, cfg, vocab, step, device))
         n_chosen = (labels[:2 * len(indices), 1:] != -100).sum()
         nll = -(logps["text_chosen"] + logps["image_chosen"]).sum() / n_chosen
-        loss = cfg.sft_weight * nll + cfg.rehearsal_weight * rehearsal
+        loss = (cfg.sft_weight if preferring else 1.0) * nll + cfg.rehearsal_weight * rehearsal
         logged = {"nll_loss": nll, "rehearsal_loss": rehearsal, "logps_i2t/chosen": logps["text_chosen"].mean(),
                   "logps_t2i/chosen": logps["image_chosen"].mean()}
         if preferring:
@@ -271,9 +273,9 @@ def train(cfg):
                 **{k: v.detach() for k, v in logged.items()})
         log.bar.update()
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            save_state(folder, step + 1, [policy], optimizers)
+            save_state(folder, step + 1, [policy], optimizers, flags=run_flags(cfg))
     log.close()
-    save_state(folder, cfg.steps, [policy], optimizers)
+    save_state(folder, cfg.steps, [policy], optimizers, flags=run_flags(cfg))
     policy.save_pretrained(folder)
     vocab.save(folder)
     finish_stage(cfg, name)

@@ -308,7 +308,7 @@ def generate(model, prompts, max_new_tokens, allowed, stop_id=None, temperature=
         new = torch.full((n, max_new_tokens), -1, device=model.device)
         open_rows = torch.ones(n, dtype=torch.bool, device=model.device)
         for t in range(max_new_tokens):
-            logits = model.head(model.model(ids, cache, n_pad)[:, -1])[:, allowed[0]:allowed[1]]
+            logits = model.head(model.model(ids, cache, n_pad)[:, -1])[:, allowed[0]:allowed[1]].float()
             if guided:
                 logits = logits[n:] + guidance * (logits[:n] - logits[n:])
             token = sample_token(logits, temperature, top_k, top_p, generator) + allowed[0]
@@ -336,9 +336,11 @@ def run(main):
     try:
         main()
     except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(print("\nstopped; --resume goes on from the last saved step", file=sys.stderr) or 130)
+        print("\nstopped; what was being trained goes on with --resume", file=sys.stderr)
+        sys.exit(130)
 
 
 def arg(default, help, **options):
@@ -357,7 +359,7 @@ class RunConfig:
     seed: int = arg(0, "draws data, weights, batches and samples")
     bias: float = arg(0.9, "phantoms: probability that a training finding brings its companion (0: no language bias)")
     records: int = arg(16000, "phantoms: training records")
-    image_size: int = arg(64, "height and width of every image, in pixels; a multiple of 2^(channel levels)")
+    image_size: int = arg(64, "height and width of every image, in pixels; a multiple of 8 (base: of 16)")
     channels: int = arg(1, "1: gray, 3: RGB", choices=(1, 3))
     device: str = arg("auto", "auto (cuda if present), cpu, cuda or cuda:1")
     dtype: str = arg("auto", "autocast: auto (bfloat16 where the hardware has it), bfloat16 or float32",
@@ -372,7 +374,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, with its errors in one line."""
 
     def error(self, message):
-        sys.exit(print(f"error: {message}; --help explains every flag", file=sys.stderr) or 2)
+        print(f"error: {message}; --help explains every flag", file=sys.stderr)
+        sys.exit(2)
 
 
 def cli(Config, presets, argv=None, doc=None):
@@ -390,7 +393,8 @@ def cli(Config, presets, argv=None, doc=None):
         elif f.type is tuple:
             options |= dict(nargs="+", type=type(f.default[0]))
         else:
-            options["type"] = positive if f.type is int and f.name != "seed" and f.default else f.type
+            counts = f.type is int and f.default and f.name != "disc_start"      # steps, sizes: at least 1
+            options["type"] = str if f.type is str else at_least(f.type, 1 if counts else 0)
         parser.add_argument(flag, default=argparse.SUPPRESS, **options | {
             "help": f"{options['help']} (default: {show_default(f.default)})"})
     given = vars(parser.parse_args(argv))
@@ -398,11 +402,14 @@ def cli(Config, presets, argv=None, doc=None):
     return Config(**{**SHARED_PRESETS[preset], **presets[preset], **given})
 
 
-def positive(text):
-    """A whole number over 0; argparse turns the ValueError into a sentence about the flag."""
-    if int(text) <= 0:
-        raise ValueError(text)
-    return int(text)
+def at_least(kind, least):
+    """A parser of numbers for argparse, which turns its ValueError into a sentence about the flag."""
+    def parse(text):
+        if not kind(text) >= least:
+            raise ValueError(text)
+        return kind(text)
+    parse.__name__ = f"number (at least {least})"
+    return parse
 
 
 def show_default(value):
@@ -411,7 +418,7 @@ def show_default(value):
 
 
 def pick(Config, cfg, **changes):
-    """The fields that Config shares with another program's cfg, for calling the stage before."""
+    """A Config for the stage before, with RunConfig's fields of cfg; `changes` override them."""
     shared = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(RunConfig)}
     return Config(**{**shared, **changes})
 
@@ -425,13 +432,13 @@ def init_run(cfg):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {cfg.device} cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
     torch.manual_seed(cfg.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    native = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
+        torch.cpu.get_capabilities().get("avx512_bf16", False)
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and native
     try:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         (Path(cfg.out) / ".write").touch()
-        (Path(cfg.out) / ".write").unlink()
+        (Path(cfg.out) / ".write").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--out {cfg.out} cannot be written ({error.strerror}); name a folder of your own")
     return device, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
@@ -537,6 +544,12 @@ def weights_hash(model):
     return digest.hexdigest()[:12]
 
 
+def run_flags(cfg):
+    """The flags that a continuation must share with the run it continues, as JSON gives them back."""
+    free = ("out", "device", "resume", "steps", "log_every", "save_every", "name")
+    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free}))
+
+
 def save_state(folder, step, models, optimizers, **figures):
     """Everything a continuation needs, in folder/state.safetensors: weights, optimizers, step, figures."""
     tensors = {f"model.{i}.{k}": v for i, m in enumerate(models) for k, v in m.state_dict().items()}
@@ -582,16 +595,26 @@ def begin_stage(cfg, name, models, optimizers):
     source = next((f for f in (partial, final) if (f / "state.safetensors").exists()), None)
     if cfg.resume and source:
         figures = load_state(source, models, optimizers)
+        other = [k for k, v in figures.get("flags", {}).items() if run_flags(cfg).get(k) != v]
+        if other:
+            raise UserError(f"--resume: {source} was started with other values of --{', --'.join(other)}; use those, "
+                            "or leave out --resume".replace("_", "-"))
         if figures["step"] > cfg.steps:
             raise UserError(f"--resume: {source} has {figures['step']} steps behind it, --steps {cfg.steps} is less; "
                             "name more, or leave out --resume")
         return partial, figures
     if cfg.resume:
-        raise UserError(f"--resume: neither {partial} nor {final} holds a state.safetensors; leave out --resume")
-    if (partial / "state.safetensors").exists():
+        tqdm.write(f"{final}: no saved step to resume from, starting at 0")
+    elif (partial / "state.safetensors").exists():
         tqdm.write(f"{partial} holds an unfinished run; starting over (--resume would have gone on)")
         shutil.rmtree(partial)
     return partial, {}
+
+
+def read_log(path):
+    """The lines of a JSONL log as dicts; a line cut off by a kill is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def finish_stage(cfg, name):
@@ -609,10 +632,9 @@ class Log:
 
     def __init__(self, path, title, steps, start=0):
         """Lines of an earlier run from step `start` on are dropped, the rest kept."""
-        self.path, lines = Path(path), []
-        if start and self.path.exists():          # a killed run may have left half a line: it lacks the brace
-            lines = [s for s in self.path.read_text().splitlines() if s.endswith("}") and json.loads(s)["step"] < start]
-        write_text(self.path, "".join(s + "\n" for s in lines))
+        self.path = Path(path)
+        kept = [row for row in read_log(self.path) if row["step"] < start]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.bar = tqdm(total=steps, initial=start, desc=title, unit="step", dynamic_ncols=True)
 
     def __call__(self, step, show=(), **metrics):

@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data import (BODY_PHRASES, COMPANIONS, MAX_TEXT, MODALITY_PHRASES, BadRow, Finding, Phantoms,
-                  Vocabulary, add_noise, check_data, encode_images, key, lexicon, match_findings, open_data, read_findings,
-                  read_image, read_term, stack, to_images, to_pixels)
-from model import (GPT, RunConfig, UserError, arg, batch_indices, cli, generate, get_lr, init_run, load_folder,
-                   load_weights, run, save_folder, set_lr, weights_hash, write_text)
-from sft import write_reports
+from data import (BODY_PHRASES, COMPANIONS, INSTRUCTIONS, MAX_TEXT, MODALITY_PHRASES, BadRow, Finding, Phantoms,
+                  add_noise, check_data, encode_images, image_source, key, lexicon, match_findings, open_data,
+                  read_findings, read_image, read_term, stack, to_images, to_pixels)
+from model import (RunConfig, UserError, arg, batch_indices, cli, generate, get_lr, init_run, load_folder,
+                   load_weights, read_log, run, save_folder, set_lr, write_text)
+from sft import load_gpt, write_reports
 from vqgan import VQGAN, psnr
 
 
@@ -45,7 +45,7 @@ class SampleConfig(RunConfig):
     sample: bool = arg(False, "report, ask: draw at --temperature instead of taking the likeliest words")
     top_k: int = arg(0, "keep only this many likeliest tokens (0: all)")
     top_p: float = arg(1.0, "keep only the likeliest tokens that make up this probability")
-    guidance: float = arg(2.0, "guidance s of drawn images: uncond + s*(cond - uncond); 1: none")
+    guidance: float = arg(1.5, "guidance s of drawn images: uncond + s*(cond - uncond); 1: none")
     count: int = arg(4, "images to draw for `generate`")
     judge_steps: int = arg(500, "training steps of the judge")
     bootstrap: int = arg(1000, "resamples behind each 95 %% interval")
@@ -66,15 +66,6 @@ def load_tokenizer(cfg, device):
     return vqgan
 
 
-def load_gpt(folder, vqgan, device):
-    """A GPT with its vocabulary, refused if it was trained with other image codes."""
-    model, vocab = GPT.from_pretrained(folder, device), Vocabulary.load(folder)
-    if model.config.vqgan_hash != weights_hash(vqgan):
-        raise UserError(f"{folder} was trained with another image tokenizer than {Path(folder).parent}/vqgan; "
-                        "train it again, or bring back the tokenizer")
-    return model, vocab
-
-
 def find_models(out):
     """Names of the GPT folders in out: sft and control first, then the others."""
     names = [p.parent.name for p in Path(out).glob("*/tokenizer.json") if not p.parent.name.endswith((".partial", ".old"))]
@@ -86,7 +77,7 @@ def find_models(out):
 def draw_images(model, vocab, vqgan, texts, cfg, guidance):
     """Images (n, C, H, W) drawn for reports, each from exactly h·w image codes."""
     n_codes = vqgan.config.grid ** 2
-    rows = generate(model, [vocab.draw(f"Draw this: {t}") for t in texts], n_codes, vocab.image_range,
+    rows = generate(model, [vocab.draw(INSTRUCTIONS["generate"][0].format(t)) for t in texts], n_codes, vocab.image_range,
                     temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, guidance=guidance,
                     unconditional=[vocab.draw("")] * len(texts), seed=cfg.seed)
     return vqgan.decode(torch.tensor([vocab.ids_to_codes(r) for r in rows], device=model.device))
@@ -117,12 +108,11 @@ class Ratios:
 
     All metrics share their bootstrap resamples, so differences between models are paired."""
 
-    def __init__(self, n, resamples, seed=0):
-        rng = np.random.default_rng(seed)
-        self.n, self.weights = n, rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float32)
+    def __init__(self, n, resamples):
+        self.n, self.weights = n, np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float32)
 
     def __call__(self, numerator, denominator=None):
-        """(value, resampled values): a ratio of per-record counts, each (n,)."""
+        """A ratio of per-record counts, each (n,): (value, resampled values, records that count)."""
         numerator = np.asarray(numerator, np.float32)
         denominator = np.ones(self.n, np.float32) if denominator is None else np.asarray(denominator, np.float32)
         ratio = lambda a, b: np.divide(a, b, out=np.full_like(a, np.nan), where=b > 0)
@@ -139,16 +129,18 @@ def summarize(result):
     return {"value": clean(value), "low": clean(low), "high": clean(high), "n": n}
 
 
-def score_findings(stated, records, ratios):
-    """CHAIR, recall, F1 and their kin of stated findings (one tuple a record) against the records'."""
+def score_findings(stated, records, ratios, have=True):
+    """CHAIR, recall, F1 and their kin of stated findings (one tuple a record) against the records'.
+
+    `have` (n,) leaves records out. Returns ({metric: what `ratios` gives}, the counts of each record)."""
     counts = [match_findings(s, r.findings) for s, r in zip(stated, records)]
-    column = lambda name: np.array([c[name] for c in counts], np.float32)
+    column = lambda name: np.array([c[name] for c in counts], np.float32) * have
     result = {"chair_i": ratios(column("hallucinated"), column("stated")),
-              "chair_s": ratios(column("hallucinated") > 0),
+              "chair_s": ratios(column("hallucinated") > 0, np.ones(len(records)) * have),
               "recall": ratios(column("right"), column("true")),
               "f1": ratios(2 * column("right"), column("stated") + column("true")),
               "laterality": ratios(column("laterality"), column("stated")),
-              "exact": ratios(column("exact"))}
+              "exact": ratios(column("exact"), np.ones(len(records)) * have)}
     asked, told = companions(stated, records)
     if asked.any():
         result["companion"] = ratios(told, asked)
@@ -160,7 +152,7 @@ def companions(stated, records):
     asked, told = np.zeros(len(records)), np.zeros(len(records))
     for i, (said, record) in enumerate(zip(stated, records)):
         said, true = {key(f) for f in said}, {key(f) for f in record.findings}
-        for f in record.findings:
+        for f in record.findings if record.spec else ():          # real images have no known companions
             if f.name in COMPANIONS and key(COMPANIONS[f.name](f)) not in true:
                 asked[i] += 1
                 told[i] += key(COMPANIONS[f.name](f)) in said
@@ -222,6 +214,12 @@ def labels_of(record):
     return labels | {f"{k}:{getattr(record, k)}" for k in ("modality", "body_part") if getattr(record, k)}
 
 
+def judge_recipe(cfg):
+    """The flags that make a judge; another recipe trains another."""
+    return {"data": image_source(cfg), "channels": cfg.channels, "image_size": cfg.image_size, "seed": cfg.seed,
+            "records": cfg.records, "steps": cfg.judge_steps}
+
+
 def train_judge(records, folder, cfg, device, autocast):
     """Train a judge on real images with known labels and write it to folder; None if there are no labels."""
     names = sorted(set().union(*(labels_of(r) for r in records)))
@@ -245,7 +243,7 @@ def train_judge(records, folder, cfg, device, autocast):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    save_folder(folder, {"kind": "judge", "channels": cfg.channels, "labels": names}, judge.state_dict())
+    save_folder(folder, {"kind": "judge", "labels": names, **judge_recipe(cfg)}, judge.state_dict())
     return judge.eval(), names
 
 
@@ -254,7 +252,7 @@ def load_judge(data, cfg, device, autocast):
     folder = Path(cfg.out) / "judge"
     if folder.exists():
         config, tensors = load_folder(folder, "sample.py", ("kind", "judge"))
-        if config["channels"] == cfg.channels:
+        if judge_recipe(cfg).items() <= config.items():
             judge = Judge(config["channels"], len(config["labels"])).to(device)
             return load_weights(judge, tensors, folder), config["labels"]
     train = data["train"]
@@ -271,7 +269,7 @@ def judge_images(judge, x, autocast):
     with autocast():
         logits, features = (torch.cat(t).float() for t in zip(*(model(b) for b in x.split(256))))
     labels = [{n for n, on in zip(names, row) if on} for row in (logits > 0).tolist()]
-    findings = [tuple(Finding(*n.split(":")[1:]) for n in sorted(row) if n.startswith("finding:")) for row in labels]
+    findings = [tuple(Finding(*n[8:].rsplit(":", 1)) for n in sorted(row) if n.startswith("finding:")) for row in labels]
     return findings, labels, features
 
 
@@ -327,10 +325,18 @@ def evaluate_reconstruction(vqgan, bench, autocast):
                 said, true = of(findings), of(r.findings for r in bench.records)
                 result[f"reconstruction/judge_f1_{name}/{label}"] = ratios(
                     [2 * len(a & b) for a, b in zip(said, true)], [len(a) + len(b) for a, b in zip(said, true)])
-        for kind in ("modality", "body_part"):
-            if has := np.array([bool(getattr(r, kind)) for r in bench.records]).any():
-                right = [f"{kind}:{getattr(r, kind)}" in row for r, row in zip(bench.records, labels)]
-                result[f"reconstruction/judge_{kind}_{name}"] = ratios(right)
+        result |= {f"reconstruction/judge_{kind}_{name}": v for kind, v in judged_terms(labels, bench).items()}
+    return result
+
+
+def judged_terms(labels, bench, have=True):
+    """Whether the judge sees each record's modality and body part, over the records that name one."""
+    result = {}
+    for kind in ("modality", "body_part"):
+        has = np.array([bool(getattr(r, kind)) for r in bench.records]) & have
+        if has.any():
+            right = np.array([f"{kind}:{getattr(r, kind)}" in row for r, row in zip(bench.records, labels)])
+            result[kind] = bench.ratios(right & has, has)
     return result
 
 
@@ -362,23 +368,19 @@ def evaluate_reports(model, vocab, bench):
 
 def evaluate_drawings(model, vocab, vqgan, bench, autocast, guidance):
     """Report -> image, read by the judge."""
-    have = [bool(r.text) for r in bench.records]
-    if not any(have) or bench.judge is None:
+    have = np.array([bool(r.text) for r in bench.records])
+    if not have.any() or bench.judge is None:
         return {}
-    result = {}
     drawn = draw_images(model, vocab, vqgan, [r.text for r in bench.records], bench.cfg, guidance)
     findings, labels, features = judge_images(bench.judge, drawn, autocast)
+    result = judged_terms(labels, bench, have)
     if bench.known and bench.phrases:
-        scores, _ = score_findings(findings, bench.records, bench.ratios)
+        scores, _ = score_findings(findings, bench.records, bench.ratios, have)
         recall, resampled, n = scores["recall"]
-        result = {"f1": scores["f1"], "extra": scores["chair_i"], "missing": (1 - recall, 1 - resampled, n)}
-    for kind in ("modality", "body_part"):
-        if any(getattr(r, kind) for r in bench.records):
-            result[kind] = bench.ratios([f"{kind}:{getattr(r, kind)}" in row for r, row in zip(bench.records, labels)],
-                                        have)
-    if len(bench.records) > 1:
+        result |= {"f1": scores["f1"], "extra": scores["chair_i"], "missing": (1 - recall, 1 - resampled, n)}
+    if have.sum() > 1:
         real = judge_images(bench.judge, bench.pixels, autocast)[2]
-        result["frechet"] = (frechet(features, real), np.array([]), len(bench.records))
+        result["frechet"] = (frechet(features[have], real[have]), np.array([]), int(have.sum()))
     return {f"generate/cfg{guidance:g}/{k}": v for k, v in result.items()}
 
 
@@ -418,7 +420,8 @@ def evaluate(cfg):
     names = find_models(cfg.out)
     vqgan = load_tokenizer(cfg, device)
     loaded = {name: load_gpt(Path(cfg.out) / name, vqgan, device) for name in names}
-    check_data(loaded[names[0]][0].config.data, cfg, Path(cfg.out) / names[0])
+    for name, (model, _) in loaded.items():
+        check_data(model.config.data, cfg, Path(cfg.out) / name)
     bench = make_benchmark(cfg, vqgan, device, autocast)
     results = {"vqgan": evaluate_reconstruction(vqgan, bench, autocast)}
     for name, (model, vocab) in tqdm(loaded.items(), desc="evaluating", unit="model", leave=False):
@@ -445,11 +448,11 @@ def print_table(written, names, bench):
     show = lambda m: "-" if m is None or m["value"] is None else f"{m['value']:.3f}" if m["low"] is None \
         else f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]"
     print(f"\nimage tokenizer, n = {len(bench.records)}")
-    print("".join(f"  {k:<44}{show(m)}\n" for k, m in written["vqgan"].items()))
+    print("".join(f"  {k:<46}{show(m)}\n" for k, m in written["vqgan"].items()))
     columns = names + [n for n in written if n.endswith(" minus control")]
-    print("  ".join([f"{'metric':<30}", *(f"{c:<22}" for c in columns)]))
+    print("  ".join([f"{'metric':<34}", *(f"{c:<24}" for c in columns)]))
     for metric in dict.fromkeys(k for name in names for k in written[name]):
-        print("  ".join([f"{metric:<30}", *(f"{show(written[c].get(metric)):<22}" for c in columns)]).rstrip())
+        print("  ".join([f"{metric:<34}", *(f"{show(written[c].get(metric)):<24}" for c in columns)]).rstrip())
     print(f"\nn = {len(bench.records)} test records; chair, companion, laterality, extra, missing, unchanged_by_noise: "
           "lower is better\n[95 % bootstrap interval; differences are paired]. Not for clinical use.")
 
@@ -485,13 +488,13 @@ def contact_sheet(loaded, vqgan, bench, autocast, rows=6, size=128):
     n = min(rows, len(bench.records))
     shown = spread(bench, n)
     records, codes = [bench.records[i] for i in shown], bench.codes[shown]
-    texts = [r.text or "Which modality is this?" for r in records]
+    prompts = [r.text for r in records]
     own = torch.as_tensor(codes, device=bench.pixels.device).long()
     columns = {"image": bench.pixels[shown], "from its codes": vqgan.decode(own)}
     reports = {}
     with autocast():
         for name, (model, vocab) in loaded.items():
-            columns[f"drawn: {name}"] = draw_images(model, vocab, vqgan, texts, bench.cfg, bench.cfg.guidance)
+            columns[f"drawn: {name}"] = draw_images(model, vocab, vqgan, prompts, bench.cfg, bench.cfg.guidance)
             reports[name] = write_reports(model, list(codes), vocab)
     left, column = size * len(columns) + 8, 270
     sheet = Image.new("RGB", (left + column * (1 + len(loaded)), 24 + n * (size + 8)), PALE)
@@ -500,7 +503,7 @@ def contact_sheet(loaded, vqgan, bench, autocast, rows=6, size=128):
         pen.text((j * size + 4, 5), title, INK, font)
         for i in range(n):
             sheet.paste(tile(images[i], size - 4), (j * size + 2, 24 + i * (size + 8)))
-    for j, (title, texts) in enumerate([("true report", texts), *((f"report: {k}", v) for k, v in reports.items())]):
+    for j, (title, texts) in enumerate([("true report", prompts), *((f"report: {k}", v) for k, v in reports.items())]):
         pen.text((left + j * column, 5), title, INK, font)
         for i, (text, record) in enumerate(zip(texts, records)):
             write_coloured(pen, font, (left + j * column, 24 + i * (size + 8)), text, record, bench)
@@ -531,11 +534,10 @@ PANELS = (("vqgan", ("psnr", "val/psnr")), ("vqgan", ("codebook/usage", "codeboo
 
 
 def curves(out, width=420, height=240):
-    """The training logs of out/ as a sheet of small line plots."""
+    """The logs of tokenizer, SFT and dpo as a sheet of small line plots."""
     panels = []
     for stage, names in PANELS:
-        path = Path(out) / f"{stage}.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = read_log(Path(out) / f"{stage}.jsonl")
         series = {n: [(r["step"], r[n]) for r in rows if n in r] for n in names}
         if any(series.values()):
             panels.append(plot(f"{stage}: step", {k: v for k, v in series.items() if v}, width, height))

@@ -19,11 +19,11 @@ import torch
 from tqdm import tqdm
 
 import vqgan as tokenizer_stage
-from data import (INSTRUCTIONS, MAX_TEXT, Vocabulary, all_texts, collate, data_name, encode_records, lexicon, make_example,
-                  match_findings, open_data, read_findings)
+from data import (INSTRUCTIONS, MAX_TEXT, Vocabulary, all_texts, collate, data_name, encode_records, image_source, lexicon,
+                  make_example, match_findings, open_data, read_findings)
 from model import (GPT, GPTConfig, Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage,
-                   generate, get_lr, init_run, make_optimizers, per_token_logps, pick, run, save_state, set_lr,
-                   weights_hash)
+                   generate, get_lr, init_run, make_optimizers, per_token_logps, pick, run, run_flags, save_state,
+                   sequence_logps, set_lr, weights_hash)
 from vqgan import VQGAN
 
 
@@ -60,15 +60,25 @@ def load_vqgan(cfg, device):
     folder = Path(cfg.out) / "vqgan"
     if not folder.exists():
         tqdm.write(f"{folder} is missing: training the image tokenizer first")
-        tokenizer_stage.train(pick(tokenizer_stage.VQGANTrainConfig, cfg, **tokenizer_stage.PRESETS[cfg.preset]))
+        tokenizer_stage.train(pick(tokenizer_stage.VQGANTrainConfig, cfg, **tokenizer_stage.PRESETS[cfg.preset],
+                                   resume=cfg.resume))
     vqgan = VQGAN.from_pretrained(folder, device)
     if (vqgan.config.image_size, vqgan.config.channels) != (cfg.image_size, cfg.channels):
         raise UserError(f"{folder} was trained for {vqgan.config.image_size} pixels and {vqgan.config.channels} "
                         f"channel(s), not {cfg.image_size} and {cfg.channels}: use its flags, or another --out")
-    if vqgan.config.data != data_name(cfg).split(" --")[0]:
-        raise UserError(f"{folder} was trained on {vqgan.config.data}, not on {data_name(cfg).split(' --')[0]}: "
+    if vqgan.config.data != image_source(cfg):
+        raise UserError(f"{folder} was trained on {vqgan.config.data}, not on {image_source(cfg)}: "
                         "name another --out, or remove the folder to train it again")
     return vqgan
+
+
+def load_gpt(folder, vqgan, device):
+    """A GPT folder and its vocabulary. Raises UserError if it was trained with another image tokenizer."""
+    model, vocab = GPT.from_pretrained(folder, device), Vocabulary.load(folder)
+    if model.config.vqgan_hash != weights_hash(vqgan):
+        raise UserError(f"{folder} was trained with another image tokenizer than {Path(folder).parent}/vqgan; "
+                        "train it again, or bring back the tokenizer")
+    return model, vocab
 
 
 def pick_task(study, shares, rng):
@@ -91,15 +101,18 @@ def response_loss(model, ids, labels):
 
 
 @torch.no_grad()
-def validate(model, studies, vocab, phrases, autocast):
+def validate(model, studies, vocab, phrases):
     """Loss of each task and, where findings are known, F1 of greedy reports on held-out studies."""
     figures, rng = {}, np.random.default_rng(0)
     for task in TASKS:
         examples = [make_example(s, task, vocab, rng) for s in studies if task in s.tasks]
         if examples:
-            losses = [response_loss(model, *collate(examples[i:i + 64], vocab.pad, model.device)).item()
-                      for i in range(0, len(examples), 64)]
-            figures[f"val/loss_{task}"] = sum(losses) / len(losses)
+            nats = tokens = 0
+            for i in range(0, len(examples), 64):
+                ids, labels = collate(examples[i:i + 64], vocab.pad, model.device)
+                nats -= sequence_logps(model, ids, labels).sum().item()
+                tokens += (labels != -100).sum().item()
+            figures[f"val/loss_{task}"] = nats / tokens
     figures["val/loss"] = sum(figures.values()) / len(figures)
     known = [s for s in studies if s.findings is not None and "report" in s.tasks]
     if known and phrases:
@@ -111,7 +124,7 @@ def validate(model, studies, vocab, phrases, autocast):
 
 
 def write_reports(model, codes, vocab, temperature=0.0, seed=0, instruction=INSTRUCTIONS["report"][0], **options):
-    """The model's reports on images given as codes (a row may be None: no image)."""
+    """The model's reports on images given as codes: n rows of (N,) to n strings."""
     prompts = [vocab.understand(c, instruction) for c in codes]
     rows = generate(model, prompts, MAX_TEXT, vocab.text_range, vocab.eos, temperature, seed=seed, **options)
     return [vocab.decode_text(r) for r in rows]
@@ -158,16 +171,18 @@ def train(cfg):
         log.bar.update()
         if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
             with autocast():
-                held_out = validate(model, val, vocab, phrases, autocast)
+                held_out = validate(model, val, vocab, phrases)
             score = held_out.get("val/f1", -held_out["val/loss"])
-            if score > best_score:
+            if score >= best_score:
                 best_score = score
                 best.load_state_dict(model.state_dict())
             log(step, ("loss", "val/loss", "val/f1"), loss=loss.detach(), grad_norm=grad_norm, **held_out)
-            save_state(folder, step + 1, [model, best], optimizers, best_score=best_score)
+            save_state(folder, step + 1, [model, best], optimizers, best_score=best_score, flags=run_flags(cfg))
         elif step % cfg.log_every == 0:
             log(step, ("loss",), loss=loss.detach(), grad_norm=grad_norm, lr=optimizers[1].param_groups[0]["lr"])
     log.close()
+    if best_score == -float("inf"):
+        raise UserError("the loss is not a number: training diverged; lower --lr and --muon-lr")
     best.save_pretrained(folder)
     vocab.save(folder)
     finish_stage(cfg, "sft")

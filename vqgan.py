@@ -29,9 +29,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import data_name, image_stack, open_data, to_pixels
+from data import image_source, image_stack, open_data, to_pixels
 from model import (Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage, get_lr, init_run,
-                   load_folder, load_weights, make_config, run, save_folder, save_state, set_lr)
+                   load_folder, load_weights, make_config, run, run_flags, save_folder, save_state, set_lr)
 
 
 @dataclass
@@ -275,7 +275,7 @@ def train(cfg):
     """Train the tokenizer and write out/vqgan."""
     device, autocast = init_run(cfg)
     config = VQGANConfig(cfg.image_size, cfg.channels, WIDTHS[cfg.preset], cfg.codebook_size, cfg.code_dim,
-                         data_name(cfg).split(" --")[0])
+                         image_source(cfg))
     vqgan = VQGAN(config).to(device, memory_format=torch.channels_last)
     disc = PatchDiscriminator(cfg.channels).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vqgan.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -331,9 +331,9 @@ def train(cfg):
                 **held_out)
         log.bar.update()
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            save_state(folder, step + 1, [vqgan, disc], [optimizer, d_optimizer])
+            save_state(folder, step + 1, [vqgan, disc], [optimizer, d_optimizer], flags=run_flags(cfg))
     log.close()
-    save_state(folder, cfg.steps, [vqgan, disc], [optimizer, d_optimizer])
+    save_state(folder, cfg.steps, [vqgan, disc], [optimizer, d_optimizer], flags=run_flags(cfg))
     vqgan.save_pretrained(folder)
     finish_stage(cfg, "vqgan")
     tqdm.write(f"wrote {cfg.out}/vqgan")

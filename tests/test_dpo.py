@@ -62,7 +62,7 @@ def keep(text=(1.0, 1.0), image=(1.0, 1.0)):
 
 
 def test_with_only_the_text_weight_left_it_is_plain_dpo():
-    cfg = config("--image-weight", "0", "--conditional-weight", "0", "--anchor-weight", "0")
+    cfg = config("--text-weight", "1", "--image-weight", "0", "--conditional-weight", "0", "--anchor-weight", "0")
     loss, _ = dpo.bidpo_loss(rewards(text_chosen=[1.0, 2.0], image_rejected=[9.0, 9.0]), keep(), cfg)
     expected = torch.log(1 + torch.exp(torch.tensor([-1.0, -2.0]))).mean()
     torch.testing.assert_close(loss, expected)

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from model import (GPT, GPTConfig, KVCache, Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli,
                    finish_stage, generate, get_lr, init_run, load_state, make_optimizers, per_token_logps, pick,
-                   run, sample_token, save_state, sequence_logps, set_lr, weights_hash)
+                   run, run_flags, sample_token, save_state, sequence_logps, set_lr, weights_hash)
 
 GOLDEN = json.loads((Path(__file__).parent / "qwen3_golden.json").read_text())
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
@@ -446,9 +446,18 @@ def test_stage_begins_where_it_should(gpt, tmp_path, left, resume, step):
     assert folder.exists() == (resume and "x.partial" in left)         # starting over clears it
 
 
-def test_resume_of_nothing_raises_user_error(gpt, tmp_path):
-    with pytest.raises(UserError, match="leave out --resume"):
-        begin_stage(stage_config(tmp_path, True), "x", [gpt], [])
+def test_resume_of_nothing_starts_at_0(gpt, tmp_path):
+    """`dpo.py --resume` after a kill in the stage before must not fail once that stage is done."""
+    assert begin_stage(stage_config(tmp_path, True), "x", [gpt], []) == (tmp_path / "x.partial", {})
+
+
+def test_resuming_with_other_flags_is_refused(gpt, tmp_path):
+    cfg = stage_config(tmp_path, True)
+    save_state(tmp_path / "x.partial", 3, [gpt], [], flags=run_flags(cfg))
+    begin_stage(cfg, "x", [gpt], [])
+    cfg.image_size = 128
+    with pytest.raises(UserError, match="other values of --image-size"):
+        begin_stage(cfg, "x", [gpt], [])
 
 
 @pytest.mark.parametrize("older", [True, False])

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import sample
-from data import Finding, Phantoms, Record, Vocabulary
+from data import Finding, Phantoms, Record, Vocabulary, phantom_spec
 from model import GPT, UserError
 from vqgan import VQGAN
 
@@ -21,7 +21,7 @@ E, N, H = Finding("effusion", "left"), Finding("nodule", "right"), Finding("card
 
 
 def record(*findings):
-    return Record(np.zeros((8, 8), np.uint8), "text", "name", findings)
+    return Record(np.zeros((8, 8), np.uint8), "text", "name", findings, spec=phantom_spec(0, "test", 0, 0))
 
 
 def scores(stated, records):
@@ -118,7 +118,7 @@ def evaluated(trained):
 def test_evaluation_has_every_model_and_metric(evaluated, trained):
     assert list(evaluated) == ["vqgan", "sft", "control", "dpo", "dpo minus control"]
     for metric in ("report/greedy/chair_i", "report/t0.5/recall", "report/t1.0/f1", "report/greedy/companion",
-                   "report/greedy/unchanged_by_noise", "ask/accuracy", "segment/dice", "generate/cfg2/f1"):
+                   "report/greedy/unchanged_by_noise", "ask/accuracy", "segment/dice", "generate/cfg1.5/f1"):
         assert {"value", "low", "high", "n"} == set(evaluated["dpo"][metric]), metric
     for name in ("samples.png", "curves.png"):
         with Image.open(trained / name) as image:
