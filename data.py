@@ -566,18 +566,20 @@ def row_record(row, root, size, channels):
         raise BadRow("the row is not an object with named fields")
     text = row.get("text") or row.get("caption") or row.get("report") or ""
     questions = [(q.get("question"), q.get("answer")) for q in as_list(row.get("questions")) if isinstance(q, dict)]
-    questions = tuple((printable(q), printable(a)) for q, a in questions if isinstance(q, str) and isinstance(a, str) and q and a)
+    questions = tuple((printable(q), printable(a)) for q, a in questions
+                      if isinstance(q, str) and isinstance(a, str) and q and a)
     if not isinstance(text, str) or not (text.strip() or questions):
         raise BadRow("the text is empty")
     path = path_inside(root, row.get("file_name"))
     findings = row.get("findings")
     if findings is not None:
         findings = None if findings == "" else read_named(findings)
-    masks = {printable(structure.replace("_", " ")): read_image(path_inside(root, file), size, channels, is_mask=True) > 127
+    masks = {printable(structure.replace("_", " ")):
+             read_image(path_inside(root, file), size, channels, is_mask=True) > 127
              for structure, file in read_masks(row.get("masks")).items()}
     subject = next((str(row[k]) for k in ("patient_id", "subject_id", "subject", "study_id") if row.get(k)), "")
-    return Record(read_image(path, size, channels), printable(" ".join(text.split())), row["file_name"], findings, masks,
-                  str(row.get("modality") or ""), str(row.get("body_part") or ""), questions,
+    return Record(read_image(path, size, channels), printable(" ".join(text.split())), row["file_name"], findings,
+                  masks, str(row.get("modality") or ""), str(row.get("body_part") or ""), questions,
                   subject)
 
 
@@ -736,7 +738,8 @@ def fill_splits(splits, folder):
         taken |= {r.subject for r in rows}
     for split in ("test", "val"):
         if not splits[split]:
-            subjects = sorted({r.subject for r in splits["train"]}, key=lambda s: (zlib.crc32(printable(s).encode()), s))
+            subjects = sorted({r.subject for r in splits["train"]},
+                              key=lambda s: (zlib.crc32(printable(s).encode()), s))
             if len(subjects) < 2:
                 raise UserError(f"--data {folder}: {len(subjects)} training subject(s) are too few to hold one "
                                 f"out as {split}; at least 3 images of different subjects are needed")
@@ -840,7 +843,8 @@ def match_findings(stated, true):
     """Counts of one report: stated, true, right, hallucinated, laterality errors, details right."""
     s, t = {key(f): f for f in stated}, {key(f): f for f in true}
     right = s.keys() & t.keys()
-    wrong_side = [n for n, side in s.keys() - t.keys() if side and any(n == m and m_side for m, m_side in t.keys() - s.keys())]
+    missed = {name for name, side in t.keys() - s.keys() if side}
+    wrong_side = [name for name, side in s.keys() - t.keys() if side and name in missed]
     return {"stated": len(s), "true": len(t), "right": len(right), "hallucinated": len(s) - len(right),
             "laterality": len(wrong_side), "exact": s.keys() == t.keys(),
             "details": sum((s[k].size, s[k].place) == (t[k].size, t[k].place) for k in right)}

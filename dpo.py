@@ -46,6 +46,8 @@ from sft import load_gpt, load_vqgan, response_loss, write_reports
 
 @dataclass
 class DPOConfig(RunConfig):
+    """Flags of stage 2; λ and δ are those of the loss above."""
+
     objective: str = arg("bidpo", "bidpo, or sft: the control, as many steps on the chosen sequences alone",
                          choices=("bidpo", "sft"))
     name: str = arg("", "folder under --out for the result; empty: dpo, or control for --objective sft")
@@ -72,7 +74,7 @@ class DPOConfig(RunConfig):
     resume: bool = arg(False, "go on from the last saved state")
 
 
-PRESETS = {"tiny": dict(steps=20, batch_size=4, pairs=48, rehearsal_size=4), "small": {},
+PRESETS = {"tiny": dict(steps=12, batch_size=4, pairs=32, rehearsal_size=4), "small": {},
            "base": dict(steps=2000, batch_size=32, pairs=40000, lr=1e-4, muon_lr=5e-4)}
 REHEARSAL = {"report": 0.0, "generate": 0.25, "ask": 0.45, "segment": 0.30}
 
@@ -194,13 +196,21 @@ def make_rehearsal(studies, cfg, vocab, step, device):
     return collate(examples, vocab.pad, device)
 
 
-def metrics(name, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps, keep):
-    """TRL's log names for one direction: rewards_NAME/…, logps_NAME/…"""
-    margins = chosen_rewards - rejected_rewards
-    values = {f"rewards_{name}/chosen": chosen_rewards, f"rewards_{name}/rejected": rejected_rewards,
-              f"rewards_{name}/margins": margins, f"rewards_{name}/accuracies": (margins > 0).float(),
-              f"logps_{name}/chosen": chosen_logps, f"logps_{name}/rejected": rejected_logps}
-    return {k: masked_mean(v.detach(), keep) for k, v in values.items()}
+# direction: chosen, rejected, and whether the pair's texts or its images must differ
+DIRECTIONS = {"i2t": ("text_chosen", "text_rejected", "text"), "t2i": ("image_chosen", "image_rejected", "image"),
+              "cond": ("text_chosen", "text_distorted", "image")}
+
+
+def direction_metrics(rewards, logps, keep):
+    """TRL's log names for each direction: rewards_i2t/margins, logps_t2i/chosen, …"""
+    result = {}
+    for name, (chosen, rejected, side) in DIRECTIONS.items():
+        margins = rewards[chosen] - rewards[rejected]
+        values = {f"rewards_{name}/chosen": rewards[chosen], f"rewards_{name}/rejected": rewards[rejected],
+                  f"rewards_{name}/margins": margins, f"rewards_{name}/accuracies": (margins > 0).float(),
+                  f"logps_{name}/chosen": logps[chosen], f"logps_{name}/rejected": logps[rejected]}
+        result |= {k: masked_mean(v.detach(), keep[side]) for k, v in values.items()}
+    return result
 
 
 def check_flags(cfg):
@@ -255,11 +265,7 @@ def train(cfg):
             preference, terms = bidpo_loss(rewards, keep, cfg)
             loss = loss + preference
             logged |= {"dpo_loss": preference, **{f"loss_{k}": v for k, v in terms.items()}}
-            for direction, chosen, rejected, side in (("i2t", "text_chosen", "text_rejected", "text"),
-                                                      ("t2i", "image_chosen", "image_rejected", "image"),
-                                                      ("cond", "text_chosen", "text_distorted", "image")):
-                logged |= metrics(direction, rewards[chosen], rewards[rejected], logps[chosen], logps[rejected],
-                                  keep[side])
+            logged |= direction_metrics(rewards, logps, keep)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()

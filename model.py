@@ -638,8 +638,10 @@ class Log:
         self.bar = tqdm(total=steps, initial=start, desc=title, unit="step", dynamic_ncols=True)
 
     def __call__(self, step, show=(), **metrics):
-        """Write all metrics; show the named ones on the bar."""
+        """Write all metrics; show the named ones on the bar. Raises UserError for a loss that is no number."""
         metrics = {k: round(v.item() if isinstance(v, torch.Tensor) else float(v), 6) for k, v in metrics.items()}
+        if not math.isfinite(metrics.get("loss", 0.0)):
+            raise UserError(f"the loss is {metrics['loss']} at step {step}: training diverged; lower the learning rates")
         with self.path.open("a") as f:
             f.write(json.dumps({"step": step, **metrics}) + "\n")
         self.bar.set_postfix({k: f"{metrics[k]:.4g}" for k in show if k in metrics}, refresh=False)

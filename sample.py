@@ -37,6 +37,8 @@ from vqgan import VQGAN, psnr
 
 @dataclass
 class SampleConfig(RunConfig):
+    """Flags of sampling and evaluation."""
+
     words: tuple = arg((), "nothing (evaluate), or: report IMAGE..., ask IMAGE QUESTION, segment IMAGE STRUCTURE, "
                        "generate TEXT", positional=True)
     model: str = arg("", "folder under --out to sample from; empty: dpo if it is there, else sft")
@@ -221,10 +223,10 @@ def judge_recipe(cfg):
 
 
 def train_judge(records, folder, cfg, device, autocast):
-    """Train a judge on real images with known labels and write it to folder; None if there are no labels."""
+    """Train a judge on real images with known labels and write it to folder; False if there are no labels."""
     names = sorted(set().union(*(labels_of(r) for r in records)))
     if not names:
-        return None
+        return False
     images = stack([r.image for r in records], cfg.channels)
     targets = torch.tensor([[float(n in labels_of(r)) for n in names] for r in records])
     torch.manual_seed(cfg.seed)
@@ -244,22 +246,23 @@ def train_judge(records, folder, cfg, device, autocast):
         loss.backward()
         optimizer.step()
     save_folder(folder, {"kind": "judge", "labels": names, **judge_recipe(cfg)}, judge.state_dict())
-    return judge.eval(), names
+    return True
 
 
 def load_judge(data, cfg, device, autocast):
-    """The judge of cfg.out, trained first if it is missing: (model, labels) or None."""
+    """The judge of cfg.out, trained first if it is missing or of another recipe: (model, labels) or None."""
     folder = Path(cfg.out) / "judge"
-    if folder.exists():
-        config, tensors = load_folder(folder, "sample.py", ("kind", "judge"))
-        if judge_recipe(cfg).items() <= config.items():
-            judge = Judge(config["channels"], len(config["labels"])).to(device)
-            return load_weights(judge, tensors, folder), config["labels"]
-    train = data["train"]
-    if isinstance(train, Phantoms):
-        train = Phantoms("judge", min(12000, cfg.records), cfg.seed, 0.0, cfg.image_size)   # other patients, no bias
-    return train_judge([train[i] for i in tqdm(range(len(train)), desc="judge's images", leave=False)],
-                       folder, cfg, device, autocast)
+    config = load_folder(folder, "sample.py", ("kind", "judge"))[0] if folder.exists() else {}
+    if not judge_recipe(cfg).items() <= config.items():
+        train = data["train"]
+        if isinstance(train, Phantoms):      # other patients than the models', and no bias
+            train = Phantoms("judge", min(12000, cfg.records), cfg.seed, 0.0, cfg.image_size)
+        records = [train[i] for i in tqdm(range(len(train)), desc="judge's images", leave=False)]
+        if not train_judge(records, folder, cfg, device, autocast):
+            return None
+    config, tensors = load_folder(folder, "sample.py", ("kind", "judge"))
+    judge = Judge(config["channels"], len(config["labels"])).to(device)
+    return load_weights(judge, tensors, folder), config["labels"]
 
 
 @torch.no_grad()

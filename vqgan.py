@@ -56,6 +56,8 @@ class VQGANConfig:
 
 @dataclass
 class VQGANTrainConfig(RunConfig):
+    """Flags of the tokenizer's training."""
+
     steps: int = arg(1200, "optimizer steps")
     batch_size: int = arg(32, "images a step")
     lr: float = arg(1.2e-3, "peak learning rate (AdamW)")
@@ -76,7 +78,7 @@ class VQGANTrainConfig(RunConfig):
     resume: bool = arg(False, "go on from the last saved state")
 
 
-PRESETS = {"tiny": dict(steps=60, batch_size=16, images=200, codebook_size=64, disc_start=50, renew_every=5),
+PRESETS = {"tiny": dict(steps=40, batch_size=16, images=96, codebook_size=64, disc_start=30, renew_every=5),
            "small": {}, "base": dict(steps=20000, codebook_size=1024, images=60000, disc_start=8000, lr=4e-4)}
 WIDTHS = {"tiny": (16, 32, 32), "small": (32, 96, 192), "base": (128, 256, 256, 512)}
 

@@ -517,3 +517,10 @@ def test_a_half_written_log_line_does_not_stop_a_resume(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "lo')
     Log(tmp_path / "x.jsonl", "x", 4, start=2).close()
     assert (tmp_path / "x.jsonl").read_text() == '{"step": 0, "loss": 1.0}\n'
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    log = Log(tmp_path / "x.jsonl", "x", 4)
+    with pytest.raises(UserError, match="diverged"):
+        log(0, loss=float("nan"))
+    log.close()

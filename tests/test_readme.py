@@ -27,9 +27,15 @@ def test_the_readme_shows_commands_of_the_programs():
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_help_exits_0_and_explains_every_flag(program):
-    done = subprocess.run([sys.executable, ROOT / program, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--preset" in done.stdout and "(default: small)" in done.stdout
+def test_help_exits_0_and_says_the_defaults(program, capsys):
+    with pytest.raises(SystemExit) as stop:
+        PROGRAMS[program].main(["--help"])
+    assert stop.value.code == 0 and "(default: small)" in capsys.readouterr().out
+
+
+def test_a_wrong_flag_is_one_line_on_stderr_and_status_2():
+    done = subprocess.run([sys.executable, ROOT / "dpo.py", "--stpes", "3"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error:") and done.stderr.count("\n") == 1
 
 
 def test_every_flag_named_in_the_readme_exists():
@@ -56,8 +62,6 @@ def test_the_folder_commands_run_on_a_toy_folder(tmp_path, monkeypatch):
     own = [c for c in COMMANDS if "DIR" in c or "IMAGE.png" in c or c[1:2] == ["generate"]]
     assert len(own) >= 6
     for name, *words in own:
-        if "--data" not in words:
-            words += ["--out", "out-mine"]
         PROGRAMS[name].main([*words, "--preset", "tiny"])
     assert (tmp_path / "out-mine/eval.json").exists() and (tmp_path / "out-mine/samples.png").exists()
 

@@ -86,14 +86,15 @@ def test_frechet_distance_of_two_gaussians():
 
 
 def test_a_judge_learns_the_labels_of_phantoms(tmp_path):
-    cfg = sample.SampleConfig(image_size=32, judge_steps=120, out=str(tmp_path))
-    records = [r for r in Phantoms("judge", 400, 0, 0.0, 32)]
+    cfg = sample.SampleConfig(image_size=32, judge_steps=60, out=str(tmp_path))
+    records = list(Phantoms("judge", 200, 0, 0.0, 32))
     autocast = lambda: torch.autocast("cpu", enabled=False)
-    judge = sample.train_judge(records, tmp_path / "judge", cfg, torch.device("cpu"), autocast)
+    sample.train_judge(records, tmp_path / "judge", cfg, torch.device("cpu"), autocast)
+    judge = sample.load_judge({"train": records}, cfg, torch.device("cpu"), autocast)
     x = sample.to_pixels(sample.stack([r.image for r in records], 1))
     _, labels, features = sample.judge_images(judge, x, autocast)
     right = np.mean([f"modality:{r.modality}" in row for r, row in zip(records, labels)])
-    assert right > 0.95 and features.shape == (400, 64)
+    assert right > 0.9 and features.shape == (200, 64)
 
 
 def test_a_drawn_image_is_exactly_its_codes_and_text_holds_none(trained):
