@@ -1157,8 +1157,16 @@ class Pair:
     distorted: np.ndarray    # (N,) distorted image: rejected in text -> image, condition of CoPO
     chosen: str              # the genuine report
     rejected: str            # what the SFT model writes about the distorted image
-    text_differs: bool       # rejected states other findings than chosen (other words, where none are known)
+    text_differs: bool       # rejected states something else than chosen (see `statement`)
     image_differs: bool      # the codes differ in at least one place
+
+
+def statement(text, phrases):
+    """What two reports must differ in: their findings; where none are known of, modality and body part; else words."""
+    if phrases:
+        return {key(f) for f in read_findings(text, phrases)}
+    terms = {read_term(text, MODALITY_PHRASES), read_term(text, BODY_PHRASES)} - {""}
+    return terms or text.strip()
 
 
 def build_pairs(records, n, kinds, strength, seed, vqgan, channels, write, device, autocast):
@@ -1189,10 +1197,7 @@ def build_pairs(records, n, kinds, strength, seed, vqgan, channels, write, devic
         reports = write(list(codes[1::2]), seed + start)
         for i, (record, kind) in enumerate(batch):
             own, twin, said = codes[2 * i], codes[2 * i + 1], reports[i]
-            findings = {key(f) for f in (record.findings if record.findings is not None
-                                         else read_findings(record.text, phrases))}
-            stated = {key(f) for f in read_findings(said, phrases)}
-            text_differs = stated != findings if phrases else said.strip() != record.text.strip()
+            text_differs = statement(said, phrases) != statement(record.text, phrases)
             image_differs = bool((own != twin).any())
             if not (text_differs or image_differs):
                 dropped["the distortion changed nothing"] += 1

@@ -489,7 +489,7 @@ def contact_sheet(loaded, vqgan, bench, autocast, rows=6, size=128):
 
     Sentences that state a finding the image does not show are red."""
     n = min(rows, len(bench.records))
-    shown = spread(bench, n)
+    shown = worth_showing(bench, n)
     records, codes = [bench.records[i] for i in shown], bench.codes[shown]
     prompts = [r.text for r in records]
     own = torch.as_tensor(codes, device=bench.pixels.device).long()
@@ -513,10 +513,12 @@ def contact_sheet(loaded, vqgan, bench, autocast, rows=6, size=128):
     return sheet
 
 
-def spread(bench, n):
-    """n records to show: those with several findings first, since they are worth a look."""
-    order = sorted(range(len(bench.records)), key=lambda i: -min(2, len(bench.records[i].findings or ())))
-    return order[:n]
+def worth_showing(bench, n):
+    """n records to show: first those that tempt to state a companion, then those with several findings."""
+    tempting = companions([()] * len(bench.records), bench.records)[0] if bench.known else np.zeros(len(bench.records))
+    order = sorted(range(len(bench.records)), key=lambda i: -len(bench.records[i].findings or ()))
+    first = [i for i in order if tempting[i]][:n - n // 3]
+    return (first + [i for i in order if i not in first])[:n]
 
 
 def write_coloured(pen, font, at, text, record, bench):
@@ -536,7 +538,7 @@ PANELS = (("vqgan", ("psnr", "val/psnr")), ("vqgan", ("codebook/usage", "codeboo
           ("dpo", ("logps_i2t/chosen", "logps_i2t/rejected")), ("dpo", ("logps_t2i/chosen", "logps_t2i/rejected")))
 
 
-def curves(out, width=420, height=240):
+def curves(out, width=470, height=240):
     """The logs of tokenizer, SFT and dpo as a sheet of small line plots."""
     panels = []
     for stage, names in PANELS:
