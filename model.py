@@ -133,7 +133,7 @@ class Attention(nn.Module):
             k, v = (y.repeat_interleave(self.groups, dim=1) for y in (k, v))  # nkv -> nh
         if x.is_cuda:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        else:                             # written out: SDPA's backward is twice as slow on CPUs
+        else:                             # written out: SDPA's backward is slow on CPUs (tests/bench.py)
             scores = (q @ k.transpose(-1, -2)) / math.sqrt(self.head_dim)     # (B, nh, T, S)
             y = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(v.dtype) @ v
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -447,7 +447,7 @@ def init_run(cfg):
 def make_optimizers(model, lr, muon_lr, weight_decay):
     """Muon (Keller Jordan, 2024; torch.optim.Muon) for matrices inside blocks, AdamW for the rest.
 
-    Muon makes each matrix's update orthogonal and needs about a third fewer steps here."""
+    Muon makes each matrix's update orthogonal, which suits few steps at a high learning rate."""
     inner = [p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
     outer = [p for name, p in model.named_parameters() if not (p.dim() == 2 and ".layers." in name)]
     return [torch.optim.Muon(inner, lr=muon_lr, weight_decay=weight_decay),

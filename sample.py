@@ -419,8 +419,8 @@ def evaluate_masks(model, vocab, vqgan, bench):
 
 def evaluate(cfg):
     """Evaluate every model in cfg.out; write eval.json, samples.png and curves.png; print the table."""
-    device, autocast = init_run(cfg)
     names = find_models(cfg.out)
+    device, autocast = init_run(cfg)
     vqgan = load_tokenizer(cfg, device)
     loaded = {name: load_gpt(Path(cfg.out) / name, vqgan, device) for name in names}
     for name, (model, _) in loaded.items():
@@ -596,8 +596,8 @@ def answer_user(cfg):
         raise UserError(f"{command!r} is no command; there are: {', '.join(needs)}, or none for the evaluation")
     if not words or command in ("ask", "segment") and len(words) != 2:
         raise UserError(f"usage: python sample.py {command} {needs[command]}")
-    device, autocast = init_run(cfg)
     names = find_models(cfg.out)
+    device, autocast = init_run(cfg)
     name = cfg.model or ("dpo" if "dpo" in names else names[0])
     if name not in names:
         raise UserError(f"--model {name}: {cfg.out} holds {', '.join(names)}")

@@ -57,6 +57,13 @@ def main():
     optimizers = make_optimizers(model, 1e-3, 1e-3, 0.0)
     ratio("  forward and backward, Muon and AdamW", lambda: step(True), lambda: [o.step() for o in optimizers])
 
+    q, k, v = (torch.randn(64, 2, 128, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    mask = torch.ones(128, 128, dtype=torch.bool).tril()
+    written = lambda: ((q @ k.transpose(-1, -2) / 8).masked_fill(~mask, float("-inf")).softmax(-1) @ v).sum().backward()
+    library = lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward()
+    written(), library()
+    ratio("attention and its backward: SDPA, written out", library, written)
+
     prompts = [list(range(70))] * 64
 
     def without_cache():
