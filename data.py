@@ -1113,14 +1113,15 @@ def erase(image, mask):
     return result
 
 
-def distort(records, index, kind, strength, rng):
+def distort(records, index, kind, strength, rng, region=None):
     """(distorted image, the kind used) of record `index`; the image is None where nothing applies.
 
-    Global kinds are in PIXEL_DISTORTIONS. region-noise: noise inside one finding's mask only. remove, add,
+    Global kinds are in PIXEL_DISTORTIONS. region-noise: noise inside one finding's mask only; where none has
+    a mask, inside region(record), a mask (H, W) or None that the caller finds; else everywhere. remove, add,
     mirror: phantoms are drawn again with one finding taken out, put in or moved to the other side; a real
     image has a finding's mask filled (remove) or is flipped (mirror). other: another record's image.
     What a record cannot take falls back: a phantom's remove and mirror to add; a real image's add, and
-    its remove and region-noise where no finding has a mask, to other."""
+    its remove where no finding has a mask, to other. The kind returned tells."""
     record = records[index]
     if kind in PIXEL_DISTORTIONS:
         return PIXEL_DISTORTIONS[kind](record.image, rng, strength), kind
@@ -1128,87 +1129,18 @@ def distort(records, index, kind, strength, rng):
         for change in (kind, "add"):
             if spec := redraw(record.spec, change, rng):
                 return draw(spec, record.image.shape[0])[0], change
-    if kind in ("remove", "region-noise"):
-        mask = finding_mask(record, rng)
-        if mask is not None and kind == "remove":
-            return erase(record.image, mask), kind
-        if mask is not None:
-            return np.where(mask if record.image.ndim == 2 else mask[..., None],
-                            add_noise(record.image, rng, strength), record.image), kind
+    mask = finding_mask(record, rng) if kind in ("remove", "region-noise") else None
+    if kind == "remove" and mask is not None:
+        return erase(record.image, mask), kind
+    if kind == "region-noise":
+        if mask is None:
+            mask, kind = region(record) if region else None, "model-region-noise"
+        noise = add_noise(record.image, rng, strength)
+        if mask is None:
+            return noise, "noise"
+        return np.where(mask if noise.ndim == 2 else mask[..., None], noise, record.image), kind
     if kind == "mirror":
         return flip(record.image, rng, strength), kind
     if len(records) < 2:
         return None, "other"
     return records[(index + 1 + int(rng.integers(len(records) - 1))) % len(records)].image, "other"
-
-
-# ---------------------------------------------------------------------------------------------
-# Preference pairs
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Pair:
-    """One genuine study against its distorted twin."""
-
-    name: str                # the record
-    kind: str                # the distortion
-    codes: np.ndarray        # (N,) genuine image
-    distorted: np.ndarray    # (N,) distorted image: rejected in text -> image, condition of CoPO
-    chosen: str              # the genuine report
-    rejected: str            # what the SFT model writes about the distorted image
-    text_differs: bool       # rejected states something else than chosen (see `statement`)
-    image_differs: bool      # the codes differ in at least one place
-
-
-def statement(text, phrases):
-    """What two reports must differ in: their findings; where none are known of, modality and body part; else words."""
-    if phrases:
-        return {key(f) for f in read_findings(text, phrases)}
-    terms = {read_term(text, MODALITY_PHRASES), read_term(text, BODY_PHRASES)} - {""}
-    return terms or text.strip()
-
-
-def build_pairs(records, n, kinds, strength, seed, vqgan, channels, write, device, autocast):
-    """Up to n Pairs from records that have a text, drawn from (seed, index).
-
-    write(codes, seed) -> reports is the SFT model. A pair in which neither the text nor the image
-    differs is dropped. Raises UserError if none is left."""
-    phrases = lexicon(records)
-    order = np.random.default_rng([seed, 4]).permutation(len(records))
-    pairs, used, dropped = [], Counter(), Counter()
-    bar = tqdm(total=min(n, len(order)), desc="building pairs", unit="pair", leave=False)
-    for start in range(0, min(n, len(order)), 256):
-        batch, images = [], []
-        for index in order[start:min(start + 256, n)]:
-            rng = np.random.default_rng([seed, 5, int(index)])
-            image, kind = distort(records, int(index), kinds[rng.integers(len(kinds))], strength, rng)
-            record = records[int(index)]
-            if not record.text:
-                dropped["no text"] += 1
-            elif image is None:
-                dropped["no distortion applies"] += 1
-            else:
-                batch.append((record, kind))
-                images += [record.image, image]
-        if not batch:
-            continue
-        codes = encode_images(images, vqgan, channels, device, autocast)
-        reports = write(list(codes[1::2]), seed + start)
-        for i, (record, kind) in enumerate(batch):
-            own, twin, said = codes[2 * i], codes[2 * i + 1], reports[i]
-            text_differs = statement(said, phrases) != statement(record.text, phrases)
-            image_differs = bool((own != twin).any())
-            if not (text_differs or image_differs):
-                dropped["the distortion changed nothing"] += 1
-                continue
-            used[kind] += 1
-            pairs.append(Pair(record.name, kind, own, twin, record.text, said, text_differs, image_differs))
-        bar.update(len(batch))
-    bar.close()
-    counts = "; ".join(f"{c} {why}" for why, c in dropped.items())
-    if not pairs:
-        raise UserError(f"no usable preference pair ({counts or 'no records'}); try another --distort")
-    tqdm.write(f"{len(pairs)} pairs ({', '.join(f'{c} {k}' for k, c in used.most_common())}); the report differs in "
-               f"{np.mean([p.text_differs for p in pairs]):.0%}" + (f"; dropped: {counts}" if counts else ""))
-    return pairs

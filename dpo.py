@@ -1,32 +1,43 @@
-"""Stage 2, bidirectional preference optimisation: hallucinate less, reading images and drawing them.
+"""Stage 2, preference optimisation: hallucinate less, reading images and drawing them.
 
-    python dpo.py                          # writes out/dpo; trains the stages before it if they are missing
+    python dpo.py                          # bidirectional DPO, to out/dpo; trains the stages before it if missing
+    python dpo.py --objective mdpo --name mdpo          # another published objective, to out/mdpo
     python dpo.py --objective sft          # the control, out/control: same steps, same chosen sequences, plain SFT
 
-One pair is a genuine image m with its report y_w, a distorted image m', and the report y_l that the SFT
-model writes when shown m'. With the reward r(y|x) = β·(log π_θ(y|x) − log π_ref(y|x)) the loss is
+One pair is a genuine image m with its report y_w, a distorted image m', and a rejected report y_l, as a rule
+what the SFT model writes when shown m'. With the reward r(y|x) = β·(log π_θ(y|x) − log π_ref(y|x)) the terms are
 
-    λ_t · −log σ(r(y_w|m) − r(y_l|m))       text:        the genuine report over the other (Eq. 7, arXiv:2305.18290)
-  + λ_i · −log σ(r(m|y_w) − r(m'|y_w))      image:       draw the genuine image, not the distorted one
-  + λ_c · −log σ(r(y_w|m) − r(y_w|m'))      conditional: the report belongs to the image it was written for
-                                                         (CoPO, arXiv:2406.11839)
-  + λ_a · −log σ(r(chosen) − δ)             anchor:      chosen sequences must not become less likely (AncPO, ibid.)
-  + λ_s · NLL(chosen) + λ_r · NLL(rehearsal)             plain SFT on the chosen sequences; on questions, masks
-                                                         and emptied prompts, which pairs would let fade
+    text          −log σ(r(y_w|m) − r(y_l|m))     the genuine report over the other (DPO, arXiv:2305.18290)
+    image         −log σ(r(m|y_w) − r(m'|y_w))    draw the genuine image, not the distorted one
+    conditional   −log σ(r(y_w|m) − r(y_w|m'))    the report belongs to its own image (CoPO, arXiv:2406.11839)
+    anchor        −log σ(r(chosen) − δ)           what is chosen must not become less likely (AncPO, ibid.)
+    language      (1 − σ(r(y_w|m) − r(y_l|m))^q)/q      y_l written without the image (NaPO, arXiv:2503.17928)
+    vision        the same                              y_l written without the question
+    mask          −log σ(r(mask|m) − r(other mask|m))   two masks the SFT model drew, ranked by a judge
 
-Text and image are the two directions of the paper (doi 10.1109/JBHI.2026.3707092, of which only the abstract is public); the
-conditional term is our reading of it, and --conditional-weight 0 gives the strict one.
+and the objectives are sums of them, each term with its weight λ:
 
-A healthy log starts at loss_text, loss_image and loss_conditional 0.6931 (log 2: policy == reference),
-loss_anchor twice that (it holds two sequences), dpo_loss their weighted sum, and all margins 0; then margins
-grow. logps/chosen may fall meanwhile, as the loss rewards the gap and not the level: the anchor and SFT terms
-hold it.
+    dpo     text                               mfpo    text + conditional + anchor, from easy pairs to hard
+    bidpo   text + image + conditional + anchor        (arXiv:2410.15334)
+    mdpo    text + conditional + anchor        napo    text + language + vision
+    sft     none: the control                  rndpo   mask + image, margins divided by the number of codes in
+                                                       which the two differ (arXiv:2601.23222)
+
+To every one the loop adds λ_s · NLL(chosen) + λ_r · NLL(rehearsal): plain SFT on the chosen report and image, and
+on questions, masks and emptied prompts, which pairs would let fade. bidpo follows the abstract of doi
+10.1109/JBHI.2026.3707092, all of it that is public; its conditional term is our reading, --conditional-weight 0
+the strict one. rndpo, too, is our reading of an abstract.
+
+A healthy log starts with every −log σ term at 0.6931 (log 2: policy == reference; bidpo's anchor at twice that,
+it holds two sequences; NaPO's at 0.5) and all margins 0; then margins grow. The log-ratios of what is chosen
+(drift/text_chosen, drift/image_chosen) may fall meanwhile, as the loss rewards the gap and not the level: anchor
+and SFT terms hold them.
 """
 
-import dataclasses
 import json
 import shutil
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,34 +47,53 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import sft as sft_stage
-from data import (DISTORTIONS, INSTRUCTIONS, Pair, build_pairs, check_data, collate, data_name, encode_records,
-                  make_example, open_data, spread)
-from model import (Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage, get_lr, init_run,
-                   make_optimizers, pick, read_tensors, run, run_flags, save_state, sequence_logps, set_lr,
-                   weights_hash)
-from sft import load_gpt, load_vqgan, response_loss, write_reports
+from data import (BODY_PHRASES, DISTORTIONS, INSTRUCTIONS, MAX_TEXT, MODALITY_PHRASES, add_noise, check_data, collate,
+                  data_name, distort, encode_images, encode_records, key, lexicon, make_example, open_data,
+                  read_findings, read_term, spread)
+from model import (Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage, generate, get_lr,
+                   init_run, make_optimizers, per_token_logps, pick, read_tensors, run, run_flags, save_state,
+                   sequence_logps, set_lr, weights_hash)
+from sft import dice, draw_masks, load_gpt, load_vqgan, response_loss
 
 
 @dataclass
 class DPOConfig(RunConfig):
-    """Flags of stage 2; λ and δ are those of the loss above."""
+    """Flags of stage 2. Where an objective has another default than the one shown, OBJECTIVE_DEFAULTS holds it."""
 
-    objective: str = arg("bidpo", "bidpo, or sft: the control, as many steps on the chosen sequences alone",
-                         choices=("bidpo", "sft"))
+    objective: str = arg("bidpo", "bidpo, dpo, mdpo, mfpo, napo, rndpo; sft: the control, chosen sequences alone",
+                         choices=("bidpo", "dpo", "mdpo", "mfpo", "napo", "rndpo", "sft"))
     name: str = arg("", "folder under --out for the result; empty: dpo, or control for --objective sft")
     steps: int = arg(300, "optimizer steps")
     batch_size: int = arg(16, "pairs a step")
     pairs: int = arg(4800, "pairs to build, from as many training records")
     distort: tuple = arg(("remove",), "kinds of distortion, mixed evenly: " + " ".join(DISTORTIONS))
     strength: int = arg(500, "noise and region-noise: DDPM step, 1 to 1000")
-    pair_temperature: float = arg(1.0, "temperature of the SFT model's reports on distorted images")
-    beta: float = arg(0.5, "preference strength β: how far rewards follow log-ratios, per nat")
-    text_weight: float = arg(0.5, "λ_t: genuine report over the report of the distorted image")
-    image_weight: float = arg(0.1, "λ_i: genuine image over the distorted image")
-    conditional_weight: float = arg(1.0, "λ_c: genuine report given the genuine over the distorted image")
-    anchor_weight: float = arg(0.2, "λ_a: chosen rewards over --anchor-delta")
-    anchor_delta: float = arg(0.0, "δ: reward that the anchor asks of chosen sequences")
-    sft_weight: float = arg(0.5, "λ_s: mean negative log-probability of chosen sequences, per token (the control: 1)")
+    rejected: tuple = arg(("distorted",), "who writes the rejected report, mixed evenly: the SFT model shown the "
+                          "distorted image, its own wrong report of the genuine one (own), or no-image, no-question")
+    pair_temperature: float = arg(1.0, "temperature of the SFT model's reports and masks")
+    flip_pairs: float = arg(0.0, "share of pairs whose preferences point the wrong way, to study noise")
+    curriculum: bool = arg(False, "easy, medium, hard thirds one after the other, by semantic entropy (mfpo: on)")
+    entropy_samples: int = arg(5, "reports sampled for the semantic entropy of an image")
+    proposals: int = arg(4, "rndpo: masks that the SFT model draws of one structure")
+    judge: str = arg("agreement", "rndpo: ranks masks by Dice with the other proposals, or with the truth",
+                     choices=("agreement", "truth"))
+    judge_noise: float = arg(0.0, "rndpo: share of the judge's comparisons that come out wrong")
+    mining: str = arg("top-bottom", "rndpo: best against worst proposal, or a random two",
+                      choices=("top-bottom", "random"))
+    normalise: bool = arg(False, "divide image and mask margins by the number of codes that differ (rndpo: on)")
+    beta: float = arg(0.5, "preference strength β, per nat (dpo, mdpo, mfpo, napo: 0.1; rndpo: 5)")
+    text_weight: float = arg(0.5, "λ of text (dpo, mdpo, mfpo, napo: 1)")
+    image_weight: float = arg(0.1, "λ of image")
+    conditional_weight: float = arg(1.0, "λ of conditional")
+    anchor_weight: float = arg(0.2, "λ of anchor (mdpo, mfpo: 1)")
+    anchor_delta: float = arg(0.0, "δ of mdpo, η of mfpo: reward that the anchor asks of chosen sequences")
+    language_weight: float = arg(1.0, "λ of language")
+    vision_weight: float = arg(1.0, "λ of vision")
+    mask_weight: float = arg(1.0, "λ of mask")
+    napo_alpha: float = arg(1.0, "napo: α, how steeply q falls as margins grow")
+    q_min: float = arg(0.001, "napo: least q; towards 0 the term becomes DPO's")
+    q_max: float = arg(1.0, "napo: greatest q; at 1 the term is the noise-robust mean absolute error")
+    sft_weight: float = arg(0.5, "λ_s: mean negative log-probability of chosen sequences, per token (sft: 1)")
     rehearsal_weight: float = arg(1.0, "λ_r: the same of questions, masks and emptied prompts")
     rehearsal_size: int = arg(32, "rehearsal sequences a step")
     rehearsal_records: int = arg(4800, "training records that rehearsal draws from")
@@ -74,22 +104,93 @@ class DPOConfig(RunConfig):
     resume: bool = arg(False, "go on from the last saved state")
 
 
-PRESETS = {"tiny": dict(steps=12, batch_size=4, pairs=32, rehearsal_size=4), "small": {},
+PRESETS = {"tiny": dict(steps=12, batch_size=4, pairs=32, rehearsal_size=4, proposals=3), "small": {},
            "base": dict(steps=2000, batch_size=32, pairs=40000, lr=1e-4, muon_lr=5e-4)}
+PUBLISHED = dict(beta=0.1, text_weight=1.0)
+# bidpo's defaults are the flags' own, found on phantoms; the others' are the papers' where they give one
+OBJECTIVE_DEFAULTS = {"bidpo": {}, "dpo": PUBLISHED, "mdpo": PUBLISHED | dict(anchor_weight=1.0), "napo": PUBLISHED,
+                      "mfpo": PUBLISHED | dict(anchor_weight=1.0, curriculum=True),
+                      "rndpo": dict(beta=5.0, normalise=True), "sft": dict(sft_weight=1.0)}
 REHEARSAL = {"report": 0.0, "generate": 0.25, "ask": 0.45, "segment": 0.30}
 
 
-# The objective: pure functions on rewards and log-probabilities, each (B,)
+# ---------------------------------------------------------------------------------------------
+# Objectives: pure functions. m holds the margins r(chosen) − r(rejected) of each comparison,
+# r the rewards of each sequence, all (B,); the result is each term's loss, (B,).
+# ---------------------------------------------------------------------------------------------
 
 
-def preference_loss(chosen_rewards, rejected_rewards):
-    """−log σ(r_chosen − r_rejected) for each pair (Eq. 7, arXiv:2305.18290); log 2 at margin 0."""
-    return F.softplus(rejected_rewards - chosen_rewards)
+def preference_loss(margin):
+    """−log σ(margin) (Eq. 7, arXiv:2305.18290), computed as softplus(−margin); log 2 at margin 0."""
+    return F.softplus(-margin)
 
 
-def anchor_loss(chosen_rewards, delta):
-    """−log σ(r_chosen − δ): keeps what is chosen from becoming less likely (arXiv:2406.11839)."""
-    return F.softplus(delta - chosen_rewards)
+def anchor_loss(reward, delta):
+    """−log σ(r(chosen) − δ) (arXiv:2406.11839): keeps what is chosen from becoming less likely."""
+    return F.softplus(delta - reward)
+
+
+def box_cox_loss(margin, q):
+    """(1 − σ(margin)^q)/q (arXiv:2503.17928): q → 0 gives −log σ(margin), q = 1 the bounded 1 − σ(margin)."""
+    return -torch.expm1(q * F.logsigmoid(margin)) / q
+
+
+def noise_q(mean_margin, cfg):
+    """NaPO's q of a batch, from margins of per-token mean log-ratios (B,): margins near 0 mean noise, so q is high."""
+    q = 2 * (1 - torch.sigmoid(cfg.napo_alpha * mean_margin.detach().mean()))
+    return q.clamp(cfg.q_min, cfg.q_max)
+
+
+def dpo_loss(m, r, cfg):
+    """Image to text alone (arXiv:2305.18290)."""
+    return {"text": preference_loss(m["text"])}
+
+
+def bidpo_loss(m, r, cfg):
+    """Both directions (doi 10.1109/JBHI.2026.3707092), with a conditional and an anchor term of our own choice."""
+    return {"text": preference_loss(m["text"]), "image": preference_loss(m["image"]),
+            "conditional": preference_loss(m["conditional"]),
+            "anchor": sum(anchor_loss(r[k], cfg.anchor_delta) for k in CHOSEN)}
+
+
+def mdpo_loss(m, r, cfg):
+    """DPO + CoPO + AncPO (arXiv:2406.11839)."""
+    return {"text": preference_loss(m["text"]), "conditional": preference_loss(m["conditional"]),
+            "anchor": anchor_loss(r["text_chosen"], cfg.anchor_delta)}
+
+
+def mfpo_loss(m, r, cfg):
+    """L_text + L_image + L_margin (arXiv:2410.15334): mdpo's sum. What is new is the data: m' distorted in the key
+    region alone (--distort remove or region-noise), and the curriculum."""
+    return mdpo_loss(m, r, cfg)
+
+
+def napo_loss(m, r, cfg):
+    """DPO, and noise-robust terms for rejected reports made under language and vision bias (arXiv:2503.17928)."""
+    return {"text": preference_loss(m["text"])} | {
+        bias: box_cox_loss(m[bias], noise_q(m[f"{bias}/token"], cfg)) for bias in ("language", "vision")}
+
+
+def rndpo_loss(m, r, cfg):
+    """DPO between masks, and between images, with margins divided by |Ω| (our reading of arXiv:2601.23222)."""
+    return {"mask": preference_loss(m["mask"]), "image": preference_loss(m["image"])}
+
+
+# objective: its function and the comparisons whose margins it needs
+OBJECTIVES = {"dpo": (dpo_loss, ("text",)), "bidpo": (bidpo_loss, ("text", "image", "conditional")),
+              "mdpo": (mdpo_loss, ("text", "conditional")), "mfpo": (mfpo_loss, ("text", "conditional")),
+              "napo": (napo_loss, ("text", "language", "vision")), "rndpo": (rndpo_loss, ("mask", "image")),
+              "sft": (lambda m, r, cfg: {}, ())}
+# comparison: its chosen and its rejected sequence
+COMPARISONS = {"text": ("text_chosen", "text_rejected"), "image": ("image_chosen", "image_rejected"),
+               "conditional": ("text_chosen", "text_distorted"), "language": ("text_chosen", "text_language"),
+               "vision": ("text_chosen", "text_vision"), "mask": ("mask_chosen", "mask_rejected")}
+CHOSEN = ("text_chosen", "image_chosen")      # what the NLL is taken of, for every objective and the control
+
+
+def sequences_of(objective):
+    """The sequences that an objective scores, CHOSEN first."""
+    return tuple(dict.fromkeys(CHOSEN + sum((COMPARISONS[c] for c in OBJECTIVES[objective][1]), ())))
 
 
 def masked_mean(values, keep):
@@ -97,52 +198,338 @@ def masked_mean(values, keep):
     return (values * keep).sum() / keep.sum().clamp(min=1)
 
 
-def bidpo_loss(rewards, keep, cfg):
-    """The weighted preference and anchor terms of the file's docstring, and each term for the log.
+def make_margins(ratios, sizes, sign, cfg):
+    """Margins (B,) of the objective's comparisons from log-ratios log π_θ − log π_ref of its sequences.
 
-    rewards: of the five sequences in SEQUENCES, each (B,). keep: which pairs count for text and image."""
-    terms = {
-        "text": masked_mean(preference_loss(rewards["text_chosen"], rewards["text_rejected"]), keep["text"]),
-        "image": masked_mean(preference_loss(rewards["image_chosen"], rewards["image_rejected"]), keep["image"]),
-        "conditional": masked_mean(preference_loss(rewards["text_chosen"], rewards["text_distorted"]), keep["image"]),
-        "anchor": (anchor_loss(rewards["text_chosen"], cfg.anchor_delta)
-                   + anchor_loss(rewards["image_chosen"], cfg.anchor_delta)).mean()}
-    return sum(getattr(cfg, f"{name}_weight") * term for name, term in terms.items()), terms
-
-
-# Pairs as sequences
-
-# the chosen two first: the control and the NLL need no others
-SEQUENCES = ("text_chosen", "image_chosen", "text_rejected", "image_rejected", "text_distorted")
+    "NAME/token" is the margin of per-token means, without β, for NaPO's q. With cfg.normalise image and
+    mask margins are sums over Ω, the codes in which the two differ, divided by |Ω|: codes outside Ω differ
+    too, through their prefix, and are left out. sign (B,) is -1 where a pair is flipped."""
+    m = {}
+    for name in OBJECTIVES[cfg.objective][1]:
+        chosen, rejected = COMPARISONS[name]
+        m[f"{name}/token"] = sign * (ratios[chosen] / sizes[chosen] - ratios[rejected] / sizes[rejected])
+        end = "/Ω" if cfg.normalise and name in ("image", "mask") else ""
+        m[name] = cfg.beta * sign * (ratios[chosen + end] - ratios[rejected + end])
+        if end:
+            m[name] = m[name] / sizes[chosen + end].clamp(min=1)
+    return m
 
 
-def pair_examples(pair, vocab, wording):
-    """The five (prompt, response) sequences of a pair, in the order of SEQUENCES."""
-    asked, drawn = INSTRUCTIONS["report"][wording], vocab.draw(INSTRUCTIONS["generate"][wording].format(pair.chosen))
-    genuine, distorted = vocab.understand(pair.codes, asked), vocab.understand(pair.distorted, asked)
-    chosen, rejected = vocab.text_response(pair.chosen), vocab.text_response(pair.rejected)
-    return ((genuine, chosen), (drawn, vocab.image_response(pair.codes)), (genuine, rejected),
-            (drawn, vocab.image_response(pair.distorted)), (distorted, chosen))
+def objective_loss(ratios, sizes, sign, keep, cfg):
+    """The objective's weighted sum, each term's mean over the pairs that count, and the margins."""
+    m = make_margins(ratios, sizes, sign, cfg)
+    rewards = {k: cfg.beta * v for k, v in ratios.items()}
+    terms = {name: masked_mean(loss, keep.get(name, torch.ones_like(loss)))
+             for name, loss in OBJECTIVES[cfg.objective][0](m, rewards, cfg).items()}
+    return sum(getattr(cfg, f"{name}_weight") * term for name, term in terms.items()), terms, m
 
 
-def pair_batch(pairs, indices, vocab, seed, n_sequences, device):
-    """ids and labels (n_sequences·B, T) of some pairs, one kind of sequence after the other.
+# ---------------------------------------------------------------------------------------------
+# Pairs: built once, in out/pairs, for every objective
+# ---------------------------------------------------------------------------------------------
 
-    A pair's wording hangs on (seed, index) alone, so policy and reference see the same tokens."""
-    rows = [pair_examples(pairs[i], vocab, int(np.random.default_rng([seed, 6, int(i)]).integers(3))) for i in indices]
-    return collate([row[k] for k in range(n_sequences) for row in rows], vocab.pad, device)
+
+@dataclass
+class Pair:
+    """One genuine study against its distorted twin, and what the SFT model makes of it."""
+
+    name: str                    # the record
+    kind: str                    # the distortion
+    codes: np.ndarray            # (N,) genuine image
+    distorted: np.ndarray        # (N,) distorted image
+    chosen: str                  # the genuine report
+    reports: dict = field(default_factory=dict)     # writer -> what the SFT model wrote (WRITERS)
+    entropy: float = -1.0        # semantic entropy of its reports on the genuine image, nats; -1: not asked for
+    structure: str = ""          # of the proposals; "" where the record has no masks
+    proposals: np.ndarray | None = None     # (k, N) masks of the structure that the SFT model drew
+    scores: np.ndarray | None = None        # (2, k) their Dice with each other, and with the true mask
+    # what one run takes of all this
+    rejected: str = ""
+    masks: tuple = ()            # chosen and rejected codes
+
+
+# writer: its prompt. Without the image it can only follow the habits of language, without the question only
+# what it likes to say of images (NaPO's two biases)
+WRITERS = {"distorted": lambda p, vocab, asked: vocab.understand(p.distorted, asked),
+           "own": lambda p, vocab, asked: vocab.understand(p.codes, asked),
+           "no-image": lambda p, vocab, asked: [vocab.bos, *vocab.encode_text(asked)],
+           "no-question": lambda p, vocab, asked: vocab.understand(p.codes, "")}
+BIASED = {"language": "no-image", "vision": "no-question"}
+
+
+def statement(text, phrases):
+    """What two reports must differ in: their findings; where none are known of, modality and body part; else words."""
+    if phrases:
+        return frozenset(key(f) for f in read_findings(text, phrases))
+    terms = {read_term(text, MODALITY_PHRASES), read_term(text, BODY_PHRASES)} - {""}
+    return frozenset(terms) or text.strip()
 
 
 @torch.no_grad()
-def reference_logps(model, pairs, vocab, cfg, device, autocast):
-    """log π_ref of every pair's five sequences: {name: (n,)}, computed once before the loop."""
+def key_region(record, model, vocab, vqgan, channels, device, autocast):
+    """Where the report comes from: a mask (H, W), for records whose findings have none. Our choice:
+
+    the image is cut into 4x4 blocks, the codes of one after the other replaced by those of noise; the
+    region is the blocks that cost log π(report) at least half of what the costliest does. None if none costs."""
+    drowned = add_noise(record.image, np.random.default_rng(0), 1000)
+    codes, noise = encode_images([record.image, drowned], vqgan, channels, device, autocast)
+    side, (h, w) = int(len(codes) ** 0.5), record.image.shape[:2]
+    blocks = lambda h, w: np.arange(h)[:, None] * 4 // h * 4 + np.arange(w) * 4 // w          # (h, w) of 0..15
+    hidden = [np.where(blocks(side, side).ravel() == b, noise, codes) for b in range(16)]
+    asked, said = INSTRUCTIONS["report"][0], vocab.text_response(record.text)
+    with autocast():
+        logps = sequence_logps(model, *collate([(vocab.understand(c, asked), said) for c in (codes, *hidden)],
+                                               vocab.pad, device))
+    cost = (logps[0] - logps[1:]).cpu().numpy()
+    return np.isin(blocks(h, w), np.flatnonzero(cost >= cost.max() / 2)) if cost.max() > 0 else None
+
+
+def build_pairs(records, cfg, vqgan, region, device, autocast):
+    """Up to cfg.pairs Pairs from records that have a text, drawn from (seed, index); no reports yet.
+
+    A pair whose two images have the same codes is dropped. Raises UserError if none is left."""
+    order = np.random.default_rng([cfg.seed, 4]).permutation(len(records))[:cfg.pairs]
+    pairs, dropped = [], Counter()
+    bar = tqdm(total=len(order), desc="building pairs", unit="pair", leave=False)
+    for start in range(0, len(order), 256):
+        batch, images = [], []
+        for index in map(int, order[start:start + 256]):
+            rng, record = np.random.default_rng([cfg.seed, 5, index]), records[index]
+            if not record.text:
+                dropped["without text"] += 1
+                continue
+            kind = cfg.distort[rng.integers(len(cfg.distort))]
+            image, kind = distort(records, index, kind, cfg.strength, rng, region)
+            if image is None:
+                dropped["which no distortion fits"] += 1
+                continue
+            batch.append((record, kind))
+            images += [record.image, image]
+        codes = encode_images(images, vqgan, cfg.channels, device, autocast) if batch else []
+        for (record, kind), own, twin in zip(batch, codes[::2], codes[1::2]):
+            if (own == twin).all():
+                dropped["whose codes the distortion left as they were"] += 1
+            else:
+                pairs.append(Pair(record.name, kind, own, twin, record.text))
+        bar.update(min(256, len(order) - start))
+    bar.close()
+    counts = ", ".join(f"{c} {why}" for why, c in dropped.items())
+    if not pairs:
+        raise UserError(f"no usable preference pair: dropped {counts or 'nothing, there are no records'}; try another "
+                        "--distort")
+    used = ", ".join(f"{c} {k}" for k, c in Counter(p.kind for p in pairs).most_common())
+    tqdm.write(f"{len(pairs)} pairs ({used})" + (f"; dropped {counts}" if counts else ""))
+    return pairs
+
+
+def add_reports(pairs, writer, model, vocab, cfg, seed):
+    """What the SFT model writes, sampled from one of WRITERS' prompts for each pair: a list of strings."""
+    texts = []
+    for start in tqdm(range(0, len(pairs), 256), desc=f"reports, {writer}", unit="batch", leave=False):
+        prompts = [WRITERS[writer](p, vocab, INSTRUCTIONS["report"][0]) for p in pairs[start:start + 256]]
+        rows = generate(model, prompts, MAX_TEXT, vocab.text_range, vocab.eos, cfg.pair_temperature, seed=seed + start)
+        texts += [vocab.decode_text(row) for row in rows]
+    return texts
+
+
+def add_entropy(pairs, model, vocab, cfg, phrases):
+    """Semantic entropy −Σ p log p over distinct statements among m sampled reports (arXiv:2410.15334)."""
+    m = cfg.entropy_samples
+    samples = [add_reports(pairs, "own", model, vocab, cfg, cfg.seed + 1_000_003 * (j + 1)) for j in range(m)]
+    for pair, texts in zip(pairs, zip(*samples)):
+        p = np.array(list(Counter(statement(t, phrases) for t in texts).values())) / m
+        pair.entropy = float(-(p * np.log(p)).sum())
+
+
+def add_proposals(pairs, records, model, vocab, vqgan, cfg):
+    """For each pair whose record has masks: k masks of one structure that the SFT model draws, and their scores."""
+    by_name = {p.name: p for p in pairs}
+    order = np.random.default_rng([cfg.seed, 4]).permutation(len(records))[:cfg.pairs]
+    k = cfg.proposals
+    for start in tqdm(range(0, len(order), 64), desc="mask proposals", unit="batch", leave=False):
+        batch = [(records[int(i)], int(i)) for i in order[start:start + 64]]
+        batch = [(by_name[r.name], r.masks, i) for r, i in batch if r.name in by_name and r.masks]
+        if not batch:
+            continue
+        for pair, masks, i in batch:
+            pair.structure = str(np.random.default_rng([cfg.seed, 10, i]).choice(sorted(masks)))
+        drawn, codes = draw_masks(model, vocab, [p.codes for p, _, _ in batch for _ in range(k)],
+                                  [p.structure for p, _, _ in batch for _ in range(k)], vqgan, cfg.pair_temperature,
+                                  cfg.seed + start)
+        for j, (pair, masks, _) in enumerate(batch):
+            own = drawn[j * k:(j + 1) * k]
+            pair.proposals = codes[j * k:(j + 1) * k]
+            agreement = [np.mean([dice(own[a], own[b]) for b in range(k) if b != a]) for a in range(k)]
+            pair.scores = np.array([agreement, [dice(a, masks[pair.structure]) for a in own]], np.float32)
+
+
+def mine(scores, mining, noise, rng):
+    """(chosen, rejected): two of the k proposals, by the comparisons of a judge who errs with probability `noise`.
+
+    top-bottom: most against fewest wins among all comparisons; random: any two, compared once."""
+    k = len(scores)
+    wins = np.zeros(k)
+    duels = [rng.choice(k, 2, replace=False)] if mining == "random" else [(i, j) for i in range(k) for j in range(i)]
+    for i, j in duels:
+        first = (scores[i] > scores[j]) != (rng.random() < noise)
+        wins[i] += 1 if first else -1
+        wins[j] -= 1 if first else -1
+    wins += rng.uniform(0, 0.5, k) * (wins != 0)                # ties are drawn by lot
+    return int(wins.argmax()), int(wins.argmin())
+
+
+def take(pairs, cfg, phrases):
+    """Set each pair's rejected report and masks as cfg wants them; which pairs count, {comparison: (n,) bool}."""
+    keep = {name: np.ones(len(pairs), bool) for name in OBJECTIVES[cfg.objective][1]}
+    for i, pair in enumerate(pairs):
+        true = statement(pair.chosen, phrases)
+        pair.rejected = pair.reports[cfg.rejected[i % len(cfg.rejected)]]
+        for name, text in {"text": pair.rejected, **{b: pair.reports.get(w) for b, w in BIASED.items()}}.items():
+            if name in keep:
+                keep[name][i] = statement(text, phrases) != true
+        if "mask" in keep:
+            pair.masks = (pair.codes, pair.codes)              # never scored: it only fills its place in the batch
+            if pair.structure:
+                best, worst = mine(pair.scores[["agreement", "truth"].index(cfg.judge)], cfg.mining, cfg.judge_noise,
+                                   np.random.default_rng([cfg.seed, 11, i]))
+                pair.masks = (pair.proposals[best], pair.proposals[worst])
+            keep["mask"][i] = (pair.masks[0] != pair.masks[1]).any()        # |Ω| = 0 carries no signal
+    if not keep:
+        return keep
+    counts = ", ".join(f"{name} {int(v.sum())}" for name, v in keep.items())
+    if not any(v.any() for v in keep.values()):
+        raise UserError(f"no usable preference pair among {len(pairs)} for --objective {cfg.objective} ({counts}): what "
+                        "is rejected says the same as what is chosen; try another --rejected or --distort")
+    tqdm.write(f"of {len(pairs)} pairs chosen and rejected differ in: {counts}")
+    return keep
+
+
+def read_pairs(folder):
+    """The Pairs of out/pairs."""
+    codes = read_tensors(folder / "codes.safetensors")
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    pairs = [Pair(codes=c.numpy(), distorted=d.numpy(), **row)
+             for c, d, row in zip(codes["genuine"], codes["distorted"], rows)]
+    if "proposals" in codes:
+        with_masks = [p for p in pairs if p.structure]
+        for pair, proposals, scores in zip(with_masks, codes["proposals"], codes["scores"]):
+            pair.proposals, pair.scores = proposals.numpy(), scores.numpy()
+    return pairs
+
+
+def write_pairs(cfg, pairs, recipe):
+    """out/pairs: config.json, codes.safetensors, and pairs.jsonl for people to read."""
+    new = Path(cfg.out) / "pairs.partial"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    tensors = {"genuine": [p.codes for p in pairs], "distorted": [p.distorted for p in pairs]}
+    if with_masks := [p for p in pairs if p.structure]:
+        tensors |= {"proposals": [p.proposals for p in with_masks], "scores": [p.scores for p in with_masks]}
+    save_file({k: torch.tensor(np.stack(v)) for k, v in tensors.items()}, new / "codes.safetensors")
+    with open(new / "pairs.jsonl", "w", encoding="utf-8") as f:
+        for p in pairs:
+            row = {k: getattr(p, k) for k in ("name", "kind", "structure", "entropy", "chosen", "reports")}
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    (new / "config.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    finish_stage(cfg, "pairs")
+
+
+def load_or_build_pairs(cfg, data, vqgan, model, vocab, device, autocast):
+    """The pairs of this recipe, from out/pairs if it was made by the same one; what is missing there is added."""
+    folder, phrases = Path(cfg.out) / "pairs", lexicon(data["train"])
+    flags = ("seed", "records", "pairs", "strength", "pair_temperature", "entropy_samples", "proposals")
+    recipe = {k: getattr(cfg, k) for k in flags}
+    recipe |= {"data": data_name(cfg), "distort": list(cfg.distort), "sft": weights_hash(model)}
+    found = (folder / "config.json").exists() and json.loads((folder / "config.json").read_text()) == recipe
+    if found:
+        pairs = read_pairs(folder)
+        tqdm.write(f"{len(pairs)} pairs from {folder}")
+    else:
+        region = lambda record: key_region(record, model, vocab, vqgan, cfg.channels, device, autocast)
+        pairs = build_pairs(data["train"], cfg, vqgan, region, device, autocast)
+    compared = OBJECTIVES[cfg.objective][1]
+    writers = {*cfg.rejected, "distorted", *(w for b, w in BIASED.items() if b in compared)} - pairs[0].reports.keys()
+    with autocast():
+        for writer in sorted(writers):
+            for pair, text in zip(pairs, add_reports(pairs, writer, model, vocab, cfg, cfg.seed)):
+                pair.reports[writer] = text
+        if entropy := cfg.curriculum and pairs[0].entropy < 0:
+            add_entropy(pairs, model, vocab, cfg, phrases)
+        if masks := "mask" in compared and not any(p.structure for p in pairs):
+            add_proposals(pairs, data["train"], model, vocab, vqgan, cfg)
+            if not any(p.structure for p in pairs):
+                raise UserError(f"--objective {cfg.objective} compares masks, and no training record has any: add "
+                                "`masks` to the metadata, or take another objective")
+    if not found or writers or entropy or masks:
+        write_pairs(cfg, pairs, recipe)
+    return pairs
+
+
+# ---------------------------------------------------------------------------------------------
+# Pairs as sequences
+# ---------------------------------------------------------------------------------------------
+
+
+def pair_examples(pair, names, vocab, wording):
+    """The named (prompt, response) sequences of a pair."""
+    asked = INSTRUCTIONS["report"][wording]
+    genuine = vocab.understand(pair.codes, asked)
+    drawn = vocab.draw(INSTRUCTIONS["generate"][wording].format(pair.chosen))
+    outlined = vocab.segment(pair.codes, pair.structure, wording)
+    text, image = vocab.text_response, vocab.image_response
+    made = {"text_chosen": lambda: (genuine, text(pair.chosen)),
+            "text_rejected": lambda: (genuine, text(pair.rejected)),
+            "text_language": lambda: (genuine, text(pair.reports["no-image"])),
+            "text_vision": lambda: (genuine, text(pair.reports["no-question"])),
+            "text_distorted": lambda: (vocab.understand(pair.distorted, asked), text(pair.chosen)),
+            "image_chosen": lambda: (drawn, image(pair.codes)),
+            "image_rejected": lambda: (drawn, image(pair.distorted)),
+            "mask_chosen": lambda: (outlined, image(pair.masks[0])),
+            "mask_rejected": lambda: (outlined, image(pair.masks[1]))}
+    return [made[name]() for name in names]
+
+
+def pair_batch(pairs, indices, names, vocab, seed, device):
+    """ids and labels (len(names)·B, T) of some pairs, one kind of sequence after the other.
+
+    A pair's wording hangs on (seed, index) alone, so policy and reference see the same tokens."""
+    rows = [pair_examples(pairs[i], names, vocab, int(np.random.default_rng([seed, 6, int(i)]).integers(3)))
+            for i in indices]
+    return collate([row[k] for k in range(len(names)) for row in rows], vocab.pad, device)
+
+
+def score(model, ids, labels, names):
+    """log π and number of tokens of each named sequence: two dicts of (B,).
+
+    Where a batch holds two images or masks to compare, "NAME/Ω" is the sum over the codes in which they differ."""
+    logps = per_token_logps(model, ids, labels)
+    T = logps.size(1)
+    logps, counted = logps.view(len(names), -1, T), (labels[:, 1:] != -100).view(len(names), -1, T)
+    ids = ids[:, 1:].reshape(logps.shape)
+    sums, sizes = dict(zip(names, logps.sum(-1))), dict(zip(names, counted.sum(-1)))
+    for chosen, rejected in (COMPARISONS["image"], COMPARISONS["mask"]):
+        if rejected in names:
+            a, b = names.index(chosen), names.index(rejected)
+            differ = counted[a] & (ids[a] != ids[b])
+            for name, i in ((chosen, a), (rejected, b)):
+                sums[f"{name}/Ω"], sizes[f"{name}/Ω"] = (logps[i] * differ).sum(-1), differ.sum(-1)
+    return sums, sizes
+
+
+@torch.no_grad()
+def reference_logps(model, pairs, names, vocab, cfg, device, autocast):
+    """log π_ref of the named sequences of every pair, as `score` gives them, (n,) each; once, before the loop."""
     chunks = []
     for start in tqdm(range(0, len(pairs), cfg.batch_size), desc="reference", unit="batch", leave=False):
         indices = range(start, min(start + cfg.batch_size, len(pairs)))
-        ids, labels = pair_batch(pairs, indices, vocab, cfg.seed, len(SEQUENCES), device)
         with autocast():
-            chunks.append(sequence_logps(model, ids, labels).view(len(SEQUENCES), -1))
-    return dict(zip(SEQUENCES, torch.cat(chunks, dim=1)))
+            chunks.append(score(model, *pair_batch(pairs, indices, names, vocab, cfg.seed, device), names)[0])
+    return {k: torch.cat([c[k] for c in chunks]) for k in chunks[0]}
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------
 
 
 def load_sft(cfg, device):
@@ -160,34 +547,6 @@ def load_sft(cfg, device):
     return model, vocab, vqgan
 
 
-def load_or_build_pairs(cfg, data, vqgan, model, vocab, device, autocast):
-    """The preference pairs of this recipe: from out/pairs if it was made by the same one, else built."""
-    folder = Path(cfg.out) / "pairs"
-    recipe = {k: getattr(cfg, k) for k in ("seed", "records", "pairs", "strength", "pair_temperature")}
-    recipe |= {"data": data_name(cfg), "distort": list(cfg.distort), "sft": weights_hash(model)}
-    if (folder / "config.json").exists() and json.loads((folder / "config.json").read_text()) == recipe:
-        codes = read_tensors(folder / "codes.safetensors")
-        rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-        tqdm.write(f"{len(rows)} pairs from {folder}")
-        return [Pair(codes=c.numpy(), distorted=d.numpy(), **row)
-                for c, d, row in zip(codes["genuine"], codes["distorted"], rows)]
-    write = lambda codes, seed: write_reports(model, codes, vocab, cfg.pair_temperature, seed)
-    pairs = build_pairs(data["train"], cfg.pairs, cfg.distort, cfg.strength, cfg.seed, vqgan, cfg.channels, write,
-                        device, autocast)
-    new = folder.with_name("pairs.partial")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    save_file({"genuine": torch.tensor(np.stack([p.codes for p in pairs])),
-               "distorted": torch.tensor(np.stack([p.distorted for p in pairs]))}, new / "codes.safetensors")
-    with open(new / "pairs.jsonl", "w", encoding="utf-8") as f:
-        for pair in pairs:
-            row = {k: v for k, v in dataclasses.asdict(pair).items() if k not in ("codes", "distorted")}
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
-    (new / "config.json").write_text(json.dumps(recipe, indent=2) + "\n")
-    finish_stage(cfg, "pairs")
-    return pairs
-
-
 def make_rehearsal(studies, cfg, vocab, step, device):
     """A batch of questions, masks and emptied prompts from the training studies."""
     rng = np.random.default_rng([cfg.seed, 7, step])
@@ -196,30 +555,44 @@ def make_rehearsal(studies, cfg, vocab, step, device):
     return collate(examples, vocab.pad, device)
 
 
-# direction: chosen, rejected, and whether the pair's texts or its images must differ
-DIRECTIONS = {"i2t": ("text_chosen", "text_rejected", "text"), "t2i": ("image_chosen", "image_rejected", "image"),
-              "cond": ("text_chosen", "text_distorted", "image")}
+def pick_pairs(pairs, cfg, step):
+    """Indices of a step's pairs; with --curriculum from the third of the pairs, easy to hard, whose turn it is."""
+    pool = np.arange(len(pairs))
+    if cfg.curriculum:
+        easy_first = np.argsort([p.entropy for p in pairs], kind="stable")
+        pool = np.array_split(easy_first, 3)[3 * step // cfg.steps]
+    return pool[batch_indices(len(pool), cfg.batch_size, step, cfg.seed)]
 
 
-def direction_metrics(rewards, logps, keep):
-    """TRL's log names for each direction: rewards_i2t/margins, logps_t2i/chosen, …"""
+def comparison_metrics(ratios, logps, margins, keep, cfg):
+    """TRL's log names for each comparison: rewards_text/margins, logps_image/chosen, …"""
     result = {}
-    for name, (chosen, rejected, side) in DIRECTIONS.items():
-        margins = rewards[chosen] - rewards[rejected]
-        values = {f"rewards_{name}/chosen": rewards[chosen], f"rewards_{name}/rejected": rewards[rejected],
-                  f"rewards_{name}/margins": margins, f"rewards_{name}/accuracies": (margins > 0).float(),
+    for name in OBJECTIVES[cfg.objective][1]:
+        chosen, rejected = COMPARISONS[name]
+        values = {f"rewards_{name}/chosen": cfg.beta * ratios[chosen],
+                  f"rewards_{name}/rejected": cfg.beta * ratios[rejected],
+                  f"rewards_{name}/margins": margins[name], f"rewards_{name}/accuracies": (margins[name] > 0).float(),
                   f"logps_{name}/chosen": logps[chosen], f"logps_{name}/rejected": logps[rejected]}
-        result |= {k: masked_mean(v.detach(), keep[side]) for k, v in values.items()}
+        result |= {k: masked_mean(v.detach(), keep[name]) for k, v in values.items()}
     return result
 
 
 def check_flags(cfg):
     """Raise UserError for a flag whose value makes no sense."""
-    if unknown := [k for k in cfg.distort if k not in DISTORTIONS]:
-        raise UserError(f"--distort {' '.join(unknown)} is unknown; there are: {', '.join(DISTORTIONS)}")
+    for flag, known in (("distort", DISTORTIONS), ("rejected", WRITERS)):
+        if unknown := [k for k in getattr(cfg, flag) if k not in known]:
+            raise UserError(f"--{flag} {' '.join(unknown)} is unknown; there are: {', '.join(known)}")
     if not 1 <= cfg.strength <= 1000:
         raise UserError(f"--strength {cfg.strength} is a DDPM step: name a number from 1 to 1000")
-    if cfg.name in ("vqgan", "sft", "pairs", "judge", "..") or Path(cfg.name).name != cfg.name or Path(cfg.name).suffix:
+    for flag in ("flip_pairs", "judge_noise"):
+        if not 0 <= getattr(cfg, flag) <= 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(cfg, flag)} is a share: name a number from 0 to 1")
+    if not 0 < cfg.q_min <= cfg.q_max <= 1:
+        raise UserError(f"--q-min {cfg.q_min} and --q-max {cfg.q_max} must lie in this order above 0 and up to 1")
+    if cfg.objective == "rndpo" and cfg.proposals < 2:
+        raise UserError("--proposals 1 leaves nothing to compare: name 2 or more")
+    if cfg.name in ("vqgan", "sft", "pairs", "judge", "eval", "..") or Path(cfg.name).name != cfg.name \
+            or Path(cfg.name).suffix:
         raise UserError(f"--name {cfg.name} is taken by another stage or is no plain name; name another")
 
 
@@ -231,15 +604,15 @@ def train(cfg):
     model, vocab, vqgan = load_sft(cfg, device)
     data = open_data(cfg)
     pairs = load_or_build_pairs(cfg, data, vqgan, model, vocab, device, autocast)
+    keep_of = {k: torch.tensor(v, device=device).float() for k, v in take(pairs, cfg, lexicon(data["train"])).items()}
+    flipped = np.random.default_rng([cfg.seed, 12]).random(len(pairs)) < cfg.flip_pairs
+    sign_of = torch.tensor(np.where(flipped, -1.0, 1.0), device=device).float()
     studies = encode_records([data["train"][int(i)] for i in spread(len(data["train"]), cfg.rehearsal_records)],
                              vqgan, cfg.channels, cfg.seed, device, autocast, "encoding rehearsal")
     studies = [s for s in studies if any(REHEARSAL[t] > 0 for t in s.tasks)]
-    preferring = cfg.objective == "bidpo"
-    n_sequences = len(SEQUENCES) if preferring else 2            # the control needs the chosen two only
+    names = sequences_of(cfg.objective)
     # all that is needed of the reference: from here on the model is the policy
-    reference_of = reference_logps(model, pairs, vocab, cfg, device, autocast) if preferring else None
-    keep_of = {"text": torch.tensor([p.text_differs for p in pairs], device=device).float(),
-               "image": torch.tensor([p.image_differs for p in pairs], device=device).float()}
+    reference_of = reference_logps(model, pairs, names, vocab, cfg, device, autocast)
 
     policy = model
     optimizers = make_optimizers(policy, cfg.lr, cfg.muon_lr, weight_decay=0.0)
@@ -248,24 +621,16 @@ def train(cfg):
     log = Log(f"{cfg.out}/{name}.jsonl", name, cfg.steps, start)
     for step in range(start, cfg.steps):
         set_lr(optimizers, get_lr(step, cfg.steps, warmup=20))
-        indices = batch_indices(len(pairs), cfg.batch_size, step, cfg.seed)
-        ids, labels = pair_batch(pairs, indices, vocab, cfg.seed, n_sequences, device)
+        indices = pick_pairs(pairs, cfg, step)
+        at = torch.as_tensor(indices, device=device)
         with autocast():
-            logps = dict(zip(SEQUENCES, sequence_logps(policy, ids, labels).view(n_sequences, -1)))
+            logps, sizes = score(policy, *pair_batch(pairs, indices, names, vocab, cfg.seed, device), names)
             rehearsal = response_loss(policy, *make_rehearsal(studies, cfg, vocab, step, device))
-        n_chosen = (labels[:2 * len(indices), 1:] != -100).sum()
-        nll = -(logps["text_chosen"] + logps["image_chosen"]).sum() / n_chosen
-        loss = (cfg.sft_weight if preferring else 1.0) * nll + cfg.rehearsal_weight * rehearsal
-        logged = {"nll_loss": nll, "rehearsal_loss": rehearsal, "logps_i2t/chosen": logps["text_chosen"].mean(),
-                  "logps_t2i/chosen": logps["image_chosen"].mean()}
-        if preferring:
-            at = torch.as_tensor(indices, device=device)
-            rewards = {k: cfg.beta * (logps[k] - reference_of[k][at]) for k in SEQUENCES}
-            keep = {k: v[at] for k, v in keep_of.items()}
-            preference, terms = bidpo_loss(rewards, keep, cfg)
-            loss = loss + preference
-            logged |= {"dpo_loss": preference, **{f"loss_{k}": v for k, v in terms.items()}}
-            logged |= direction_metrics(rewards, logps, keep)
+        ratios = {k: v - reference_of[k][at] for k, v in logps.items()}
+        keep = {k: v[at] for k, v in keep_of.items()}
+        preference, terms, margins = objective_loss(ratios, sizes, sign_of[at], keep, cfg)
+        nll = -sum(logps[k].sum() for k in CHOSEN) / sum(sizes[k].sum() for k in CHOSEN)
+        loss = preference + cfg.sft_weight * nll + cfg.rehearsal_weight * rehearsal
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -274,9 +639,11 @@ def train(cfg):
             optimizer.step()
 
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
-            log(step, ("loss", "rewards_i2t/margins", "rewards_t2i/margins", "rewards_cond/margins"),
-                loss=loss.detach(), grad_norm=grad_norm, lr=optimizers[1].param_groups[0]["lr"],
-                **{k: v.detach() for k, v in logged.items()})
+            logged = {"nll_loss": nll, "rehearsal_loss": rehearsal, **{f"loss_{k}": v for k, v in terms.items()},
+                      **{f"drift/{k}": ratios[k].mean() for k in CHOSEN},
+                      **comparison_metrics(ratios, logps, margins, keep, cfg)}
+            log(step, ("loss", *(f"rewards_{k}/margins" for k in keep)), loss=loss.detach(), grad_norm=grad_norm,
+                lr=optimizers[1].param_groups[0]["lr"], **{k: v.detach() for k, v in logged.items()})
         log.bar.update()
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
             save_state(folder, step + 1, [policy], optimizers, flags=run_flags(cfg))
@@ -290,7 +657,7 @@ def train(cfg):
 
 def main(argv=None):
     """Command line."""
-    train(cli(DPOConfig, PRESETS, argv, __doc__))
+    train(cli(DPOConfig, PRESETS, argv, __doc__, ("objective", OBJECTIVE_DEFAULTS)))
 
 
 if __name__ == "__main__":

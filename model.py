@@ -379,10 +379,11 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def cli(Config, presets, argv=None, doc=None):
+def cli(Config, presets, argv=None, doc=None, choice=None):
     """Parse flags into a Config (a dataclass of `arg` fields): defaults, then preset, then flags given.
 
-    presets maps a preset's name to its values. Unknown flags exit with status 2, as argparse does."""
+    presets maps a preset's name to its values; choice (a flag, {its value: defaults of other flags}) comes
+    between preset and flags given. Unknown flags exit with status 2, as argparse does."""
     parser = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
         flag, options = "--" + f.name.replace("_", "-"), dict(f.metadata)
@@ -400,7 +401,9 @@ def cli(Config, presets, argv=None, doc=None):
             "help": f"{options['help']} (default: {show_default(f.default)})"})
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "small")
-    return Config(**{**SHARED_PRESETS[preset], **presets[preset], **given})
+    flag, defaults = choice or ("preset", {})
+    chosen = given.get(flag, getattr(Config, flag))
+    return Config(**{**SHARED_PRESETS[preset], **presets[preset], **defaults.get(chosen, {}), **given})
 
 
 def at_least(kind, least):

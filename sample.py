@@ -14,8 +14,10 @@ the share of reports that state the companion. Drawn images are read by a judge,
 trained on real images of other patients; its own F1 on real images stands beside. Not for clinical use.
 """
 
+import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +26,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from data import (BODY_PHRASES, COMPANIONS, INSTRUCTIONS, MAX_TEXT, MODALITY_PHRASES, BadRow, Finding, Phantoms,
                   add_noise, check_data, encode_images, image_source, key, lexicon, match_findings, open_data,
                   read_findings, read_image, read_term, stack, to_images, to_pixels)
 from model import (RunConfig, UserError, arg, batch_indices, cli, generate, get_lr, init_run, load_folder,
-                   load_weights, read_log, run, save_folder, set_lr, write_text)
-from sft import load_gpt, write_reports
+                   load_weights, read_log, run, save_folder, set_lr, weights_hash, write_text)
+from dpo import read_pairs, statement
+from sft import dice, draw_masks, load_gpt, write_reports
 from vqgan import VQGAN, psnr
 
 
@@ -83,14 +88,6 @@ def draw_images(model, vocab, vqgan, texts, cfg, guidance):
                     temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, guidance=guidance,
                     unconditional=[vocab.draw("")] * len(texts), seed=cfg.seed)
     return vqgan.decode(torch.tensor([vocab.ids_to_codes(r) for r in rows], device=model.device))
-
-
-def draw_masks(model, vocab, codes, structures, vqgan):
-    """Masks (n, H, W) bool of one structure each, decoded from greedily drawn image codes."""
-    rows = generate(model, [vocab.segment(c, s) for c, s in zip(codes, structures)], len(codes[0]), vocab.image_range,
-                    temperature=0)
-    x = vqgan.decode(torch.tensor([vocab.ids_to_codes(r) for r in rows], device=model.device))
-    return (x.mean(dim=1) > 0).cpu().numpy()
 
 
 def answer(model, vocab, codes, questions, temperature=0.0, seed=0, **options):
@@ -172,12 +169,6 @@ def ssim(a, b):
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
     return (((2 * mu_a * mu_b + c1) * (2 * cov + c2)) /
             ((mu_a ** 2 + mu_b ** 2 + c1) * (var_a + var_b + c2))).mean(dim=(1, 2, 3))
-
-
-def dice(a, b):
-    """2·|a ∩ b| / (|a| + |b|) of two boolean masks; 1 if both are empty."""
-    total = a.sum() + b.sum()
-    return 1.0 if total == 0 else 2 * float((a & b).sum()) / float(total)
 
 
 def frechet(a, b):
@@ -361,8 +352,10 @@ def evaluate_reports(model, vocab, bench):
                 scores[kind] = ratios([bool(t) and read_term(s, terms) == t for s, t in zip(texts, true)],
                                       [bool(t) for t in true])
         if decoding == "greedy":
+            # wordings aside; a report that states nothing of an image and nothing of noise tells nothing
             blind = write_reports(model, list(bench.noise_codes), vocab)
-            scores["unchanged_by_noise"] = ratios([a == b for a, b in zip(texts, blind)])
+            said = [(statement(a, bench.phrases), statement(b, bench.phrases)) for a, b in zip(texts, blind)]
+            scores["unchanged_by_noise"] = ratios([bool(a) and a == b for a, b in said], [bool(a) for a, _ in said])
         distinct = float(len(set(texts)))
         scores["distinct"] = (distinct, np.array([]), len(texts))
         result |= {f"report/{decoding}/{k}": v for k, v in scores.items()}
@@ -405,7 +398,7 @@ def evaluate_masks(model, vocab, vqgan, bench):
     have = [i for i, c in enumerate(chosen) if c]
     if not have:
         return {}
-    drawn = draw_masks(model, vocab, [bench.codes[i] for i in have], [chosen[i] for i in have], vqgan)
+    drawn, _ = draw_masks(model, vocab, [bench.codes[i] for i in have], [chosen[i] for i in have], vqgan)
     value, area = np.zeros(len(chosen)), np.zeros(len(chosen))
     for i, mask in zip(have, drawn):
         true = bench.records[i].masks[chosen[i]]
@@ -415,6 +408,28 @@ def evaluate_masks(model, vocab, vqgan, bench):
     for end, group in {**groups, **{f"/{s}": names == s for s in sorted(set(chosen) - {""})}}.items():
         result[f"segment/dice{end}"] = bench.ratios(value * group, group)
     return result
+
+
+def evaluate_model(name, model, vocab, vqgan, bench, autocast):
+    """Every metric of one model, as `ratios` gives them; kept in out/eval, so that only what is new is evaluated."""
+    cfg, path = bench.cfg, Path(bench.cfg.out) / "eval" / f"{name}.safetensors"
+    flags = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("words", "model", "out", "device", "count")}
+    recipe = {"recipe": json.dumps({"model": weights_hash(model), "tokenizer": weights_hash(vqgan), **flags})}
+    if path.exists():
+        with safe_open(path, "np") as f:
+            if f.metadata() == recipe:
+                kept = {k: f.get_tensor(k) for k in f.keys()}
+                return {k: (float(v[0]), v[2:], int(v[1])) for k, v in sorted(kept.items())}
+    with autocast():
+        result = {**evaluate_reports(model, vocab, bench), **evaluate_answers(model, vocab, bench),
+                  **evaluate_masks(model, vocab, vqgan, bench),
+                  **evaluate_drawings(model, vocab, vqgan, bench, autocast, 1.0),
+                  **evaluate_drawings(model, vocab, vqgan, bench, autocast, cfg.guidance)}
+    path.parent.mkdir(exist_ok=True)
+    new = path.with_suffix(".new")
+    save_file({k: np.array([v[0], v[2], *v[1]]) for k, v in result.items()}, new, metadata=recipe)
+    os.replace(new, path)
+    return dict(sorted(result.items()))
 
 
 def evaluate(cfg):
@@ -428,11 +443,7 @@ def evaluate(cfg):
     bench = make_benchmark(cfg, vqgan, device, autocast)
     results = {"vqgan": evaluate_reconstruction(vqgan, bench, autocast)}
     for name, (model, vocab) in tqdm(loaded.items(), desc="evaluating", unit="model", leave=False):
-        with autocast():
-            results[name] = {**evaluate_reports(model, vocab, bench), **evaluate_answers(model, vocab, bench),
-                             **evaluate_masks(model, vocab, vqgan, bench),
-                             **evaluate_drawings(model, vocab, vqgan, bench, autocast, 1.0),
-                             **evaluate_drawings(model, vocab, vqgan, bench, autocast, cfg.guidance)}
+        results[name] = evaluate_model(name, model, vocab, vqgan, bench, autocast)
     written = {name: {k: summarize(v) for k, v in result.items()} for name, result in results.items()}
     for name in names:
         if "control" in results and name not in ("sft", "control"):
@@ -440,7 +451,8 @@ def evaluate(cfg):
                 k: summarize((v[0] - results["control"][k][0], v[1] - results["control"][k][1], v[2]))
                 for k, v in results[name].items() if len(v[1])}
     write_text(Path(cfg.out) / "eval.json", json.dumps(written, indent=1) + "\n")
-    contact_sheet(loaded, vqgan, bench, autocast).save(Path(cfg.out) / "samples.png")
+    sheets = [contact_sheet(loaded, vqgan, bench, autocast), *pair_sheet(vqgan, bench)]
+    column(sheets).save(Path(cfg.out) / "samples.png")
     curves(cfg.out).save(Path(cfg.out) / "curves.png")
     print_table(written, names, bench)
     print(f"wrote {cfg.out}/eval.json, {cfg.out}/samples.png, {cfg.out}/curves.png")
@@ -465,7 +477,8 @@ def print_table(written, names, bench):
 # ---------------------------------------------------------------------------------------------
 
 INK, GRID, PALE = (20, 20, 20), (222, 222, 222), (255, 255, 255)
-COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14))
+COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (140, 86, 75), (227, 119, 194),
+           (127, 127, 127), (188, 189, 34), (23, 190, 207))
 
 
 def wrap(text, width):
@@ -499,18 +512,53 @@ def contact_sheet(loaded, vqgan, bench, autocast, rows=6, size=128):
         for name, (model, vocab) in loaded.items():
             columns[f"drawn: {name}"] = draw_images(model, vocab, vqgan, prompts, bench.cfg, bench.cfg.guidance)
             reports[name] = write_reports(model, list(codes), vocab)
-    left, column = size * len(columns) + 8, 270
-    sheet = Image.new("RGB", (left + column * (1 + len(loaded)), 24 + n * (size + 8)), PALE)
+    left, width = size * len(columns) + 8, 270
+    sheet = Image.new("RGB", (left + width * (1 + len(loaded)), 24 + n * (size + 8)), PALE)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for j, (title, images) in enumerate(columns.items()):
         pen.text((j * size + 4, 5), title, INK, font)
         for i in range(n):
             sheet.paste(tile(images[i], size - 4), (j * size + 2, 24 + i * (size + 8)))
     for j, (title, texts) in enumerate([("true report", prompts), *((f"report: {k}", v) for k, v in reports.items())]):
-        pen.text((left + j * column, 5), title, INK, font)
+        pen.text((left + j * width, 5), title, INK, font)
         for i, (text, record) in enumerate(zip(texts, records)):
-            write_coloured(pen, font, (left + j * column, 24 + i * (size + 8)), text, record, bench)
+            true = None if record.findings is None else {key(f) for f in record.findings}
+            write_coloured(pen, font, (left + j * width, 24 + i * (size + 8)), text, true, bench.phrases)
     return sheet
+
+
+def pair_sheet(vqgan, bench, rows=6, size=128, width=270):
+    """Preference pairs: genuine and distorted image, true report and what the SFT model wrote; [] without out/pairs.
+
+    Sentences that state a finding which the true report does not are red."""
+    folder = Path(bench.cfg.out) / "pairs"
+    if not folder.exists():
+        return []
+    pairs = read_pairs(folder)[:rows]
+    decode = lambda codes: vqgan.decode(torch.as_tensor(np.stack(codes), device=bench.pixels.device).long())
+    columns = {"genuine": decode([p.codes for p in pairs]), "distorted": decode([p.distorted for p in pairs])}
+    texts = {"true report: chosen": [p.chosen for p in pairs],
+             **{f"rejected, written {w}": [p.reports[w] for p in pairs] for w in sorted(pairs[0].reports)}}
+    sheet = Image.new("RGB", (2 * size + 8 + width * len(texts), 24 + len(pairs) * (size + 8)), PALE)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for j, (title, images) in enumerate(columns.items()):
+        pen.text((j * size + 4, 5), title, INK, font)
+        for i, x in enumerate(images):
+            sheet.paste(tile(x, size - 4), (j * size + 2, 24 + i * (size + 8)))
+    for j, (title, said) in enumerate(texts.items()):
+        pen.text((2 * size + 8 + j * width, 5), title, INK, font)
+        for i, (text, pair) in enumerate(zip(said, pairs)):
+            true = {key(f) for f in read_findings(pair.chosen, bench.phrases)}
+            write_coloured(pen, font, (2 * size + 8 + j * width, 24 + i * (size + 8)), text, true, bench.phrases)
+    return [sheet]
+
+
+def column(sheets):
+    """PIL images below each other in one."""
+    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), PALE)
+    for i, sheet in enumerate(sheets):
+        whole.paste(sheet, (0, sum(s.height for s in sheets[:i])))
+    return whole
 
 
 def worth_showing(bench, n):
@@ -521,12 +569,12 @@ def worth_showing(bench, n):
     return (first + [i for i in order if i not in first])[:n]
 
 
-def write_coloured(pen, font, at, text, record, bench):
-    """Write a report from `at` down, sentences that state what the image does not show in red."""
-    (x, y), true = at, {key(f) for f in record.findings or ()}
+def write_coloured(pen, font, at, text, true, phrases):
+    """Write a report from `at` down; red: sentences that state findings other than `true`, a set of keys or None."""
+    x, y = at
     lines = [(line, sentence) for sentence in text.replace(". ", ".\n").split("\n") for line in wrap(sentence, 42)]
     for line, sentence in lines[:9]:
-        wrong = record.findings is not None and any(key(f) not in true for f in read_findings(sentence, bench.phrases))
+        wrong = true is not None and any(key(f) not in true for f in read_findings(sentence, phrases))
         pen.text((x, y), line, COLOURS[1] if wrong else INK, font)
         y += 14
 
@@ -534,8 +582,8 @@ def write_coloured(pen, font, at, text, record, bench):
 PANELS = (("vqgan", ("psnr", "val/psnr")), ("vqgan", ("codebook/usage", "codebook/near_duplicates")),
           ("sft", ("loss", "val/loss")), ("sft", ("val/f1",)),
           ("dpo", ("loss_text", "loss_image", "loss_conditional")),
-          ("dpo", ("rewards_i2t/margins", "rewards_t2i/margins", "rewards_cond/margins")),
-          ("dpo", ("logps_i2t/chosen", "logps_i2t/rejected")), ("dpo", ("logps_t2i/chosen", "logps_t2i/rejected")))
+          ("dpo", ("rewards_text/margins", "rewards_image/margins", "rewards_conditional/margins")),
+          ("dpo", ("logps_text/chosen", "logps_text/rejected")), ("dpo", ("logps_image/chosen", "logps_image/rejected")))
 
 
 def curves(out, width=470, height=240):
@@ -558,13 +606,13 @@ def plot(title, series, width, height):
     pen = ImageDraw.Draw(image)
     left, top, right, bottom = 56, 24, width - 12, height - 22
     xs, ys = zip(*(p for points in series.values() for p in points))
-    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), min(ys), max(max(ys), min(ys) + 1e-9)
+    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1e-9), min(ys), max(max(ys), min(ys) + 1e-9)
     at = lambda p: (left + (p[0] - x0) / (x1 - x0) * (right - left), bottom - (p[1] - y0) / (y1 - y0) * (bottom - top))
     for i in range(5):
         y = y0 + (y1 - y0) * i / 4
         pen.line([at((x0, y)), at((x1, y))], GRID)
         pen.text((4, at((x0, y))[1] - 6), f"{y:.4g}", INK, font)
-    pen.text((left, bottom + 5), f"{title} {x0} to {x1}", INK, font)
+    pen.text((left, bottom + 5), f"{title} {x0:.4g} to {x1:.4g}", INK, font)
     x = left
     for (name, points), colour in zip(series.items(), COLOURS):
         pen.line([at(p) for p in points] * (1 if len(points) > 1 else 2), colour, 2)
@@ -613,7 +661,7 @@ def answer_user(cfg):
         images = [read_user_image(f, cfg) for f in files]
         codes = list(encode_images(images, vqgan, cfg.channels, device, autocast))
         if command == "segment":
-            mask = draw_masks(model, vocab, codes, words[1:], vqgan)[0]
+            mask = draw_masks(model, vocab, codes, words[1:], vqgan)[0][0]
             genuine = Image.fromarray(images[0]).convert("RGB").resize((256, 256))
             return save_row([genuine, Image.fromarray(mask).convert("RGB").resize((256, 256))],
                             Path(cfg.out) / "segment.png")

@@ -132,6 +132,21 @@ def write_reports(model, codes, vocab, temperature=0.0, seed=0, instruction=INST
     return [vocab.decode_text(r) for r in rows]
 
 
+@torch.no_grad()
+def draw_masks(model, vocab, codes, structures, vqgan, temperature=0.0, seed=0):
+    """The model's masks of one structure in each image: n rows of (N,) to (n, H, W) bool and their codes (n, N)."""
+    rows = generate(model, [vocab.segment(c, s) for c, s in zip(codes, structures)], len(codes[0]), vocab.image_range,
+                    temperature=temperature, seed=seed)
+    drawn = torch.tensor([vocab.ids_to_codes(r) for r in rows], device=model.device)
+    return (vqgan.decode(drawn).mean(dim=1) > 0).cpu().numpy(), drawn.cpu().numpy().astype(np.int16)
+
+
+def dice(a, b):
+    """2·|a ∩ b| / (|a| + |b|) of two boolean masks; 1 if both are empty."""
+    total = a.sum() + b.sum()
+    return 1.0 if total == 0 else 2 * float((a & b).sum()) / float(total)
+
+
 def train(cfg):
     """Instruction-tune a GPT and write out/sft."""
     device, autocast = init_run(cfg)

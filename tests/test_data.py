@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 import data
 from data import (BODY_PHRASES, COMPANIONS, DISTORTIONS, INSTRUCTIONS, MASKS_EACH, MAX_TEXT, MODALITIES,
                   MODALITY_PHRASES, PHRASES, PIXEL_DISTORTIONS, Finding, Phantoms, Record, Spec, Study, Vocabulary,
-                  add_noise, ask_phantom, build_pairs, collate, distort, draw, encode_records, erase, flip, image_stack,
+                  add_noise, ask_phantom, collate, distort, draw, encode_records, erase, flip, image_stack,
                   key, lexicon, make_example, match_findings, open_data, phantom_record, phantom_spec, random_finding,
                   read_findings, read_term, redraw, stack, to_images, to_pixels, write_report)
 from model import UserError
@@ -678,7 +678,7 @@ BARE = replace(REAL_GRAY, findings=None, masks={})
 
 @pytest.mark.parametrize("record,kind,used", [
     (NORMAL, "remove", "add"), (NORMAL, "mirror", "add"), (UNSIDED, "mirror", "add"), (FULL, "add", "other"),
-    (NORMAL, "region-noise", "other"), (BARE, "region-noise", "other"), (BARE, "remove", "other"),
+    (NORMAL, "region-noise", "noise"), (BARE, "region-noise", "noise"), (BARE, "remove", "other"),
     (BARE, "add", "other"), (BARE, "mirror", "mirror"), (GRAY, "other", "other")])
 def test_what_a_record_cannot_take_falls_back(record, kind, used):
     image, actual = distort([record, OTHER], 0, kind, 500, rng())
@@ -687,6 +687,19 @@ def test_what_a_record_cannot_take_falls_back(record, kind, used):
         assert np.array_equal(image, OTHER.image)
     if record is BARE and used == "mirror":
         assert np.array_equal(image, record.image[:, ::-1])
+
+
+def test_region_noise_asks_for_a_region_where_no_finding_has_a_mask():
+    """The caller's region bounds the noise; where it finds none, noise is everywhere, and the kind says so."""
+    corner = np.zeros((64, 64), bool)
+    corner[:16, :16] = True
+    image, kind = distort([BARE, OTHER], 0, "region-noise", 900, rng(), lambda record: corner)
+    changed = image != BARE.image
+    assert kind == "model-region-noise" and changed[corner].mean() > 0.5 and not changed[~corner].any()
+    image, kind = distort([BARE, OTHER], 0, "region-noise", 900, rng(), lambda record: None)
+    assert kind == "noise" and (image != BARE.image)[~corner].mean() > 0.5
+    # a finding's own mask comes first
+    assert distort([GRAY, OTHER], 0, "region-noise", 900, rng(), lambda record: corner)[1] == "region-noise"
 
 
 def test_other_is_never_the_record_itself_and_any_other_record():
@@ -704,83 +717,3 @@ def test_distort_is_deterministic_and_differs_from_the_record(kind):
     (one, kind_one), (two, kind_two) = (distort(records, 0, kind, 500, rng(7)) for _ in range(2))
     assert kind_one == kind_two and np.array_equal(one, two)
     assert one.shape == GRAY.image.shape and one.dtype == np.uint8 and not np.array_equal(one, GRAY.image)
-
-
-# Pairs
-
-
-def pairs_of(records, write=lambda codes, seed: ["Chest radiograph. Large right pneumothorax."] * len(codes), n=12,
-             kinds=("noise", "mirror", "add"), seed=0, vqgan=None):
-    return build_pairs(records, n, kinds, 500, seed, vqgan or Means(), 1, write, "cpu", contextlib.nullcontext)
-
-
-def as_tuples(pairs):
-    return [(p.name, p.kind, p.codes.tolist(), p.distorted.tolist(), p.chosen, p.rejected) for p in pairs]
-
-
-def test_same_seed_same_pairs_and_another_seed_others():
-    records = Phantoms("train", 40)
-    one, two, three = (as_tuples(pairs_of(records, seed=s)) for s in (0, 0, 1))
-    assert one == two and one != three
-    assert {p[0] for p in one} != {p[0] for p in three}        # the records drawn depend on the seed too
-
-
-def test_another_seed_distorts_the_same_record_otherwise():
-    records = Phantoms("train", 6)
-    one, two = ({p.name: p.distorted.tolist() for p in pairs_of(records, seed=s, kinds=("noise",))} for s in (0, 1))
-    assert one.keys() == two.keys() and all(one[name] != two[name] for name in one)
-
-
-def test_a_pair_holds_the_genuine_and_the_distorted_codes():
-    records = Phantoms("train", 20)
-    seen = []
-    write = lambda codes, seed: seen.extend(codes) or [f"Nodule {i}." for i in range(len(codes))]
-    pairs = pairs_of(records, write, n=8)
-    assert 0 < len(pairs) <= 8
-    for i, pair in enumerate(pairs):
-        record = records[int(pair.name.split("/")[1])]
-        own = Means().encode(to_pixels(stack([record.image], 1)))[0].numpy()
-        assert np.array_equal(pair.codes, own) and pair.chosen == record.text
-        assert pair.rejected == f"Nodule {i}." and np.array_equal(pair.distorted, seen[i])
-        assert pair.image_differs == bool((pair.codes != pair.distorted).any())
-
-
-def echo(records):
-    """A writer that repeats the genuine reports, in the order in which build_pairs meets the records."""
-    order = rng([0, 4]).permutation(len(records))
-    return lambda codes, seed: [records[int(i)].text for i in order[:len(codes)]]
-
-
-def test_text_differs_is_about_findings_not_about_words():
-    """The genuine report in other words (lower case) states the same findings."""
-    records = [Phantoms("train", 30)[i] for i in range(30)]
-    lower = lambda codes, seed: [t.lower() for t in echo(records)(codes, seed)]
-    assert not any(p.text_differs for p in pairs_of(records, lower, n=30))
-    other = lambda codes, seed: ["Left arachnoid cyst. Left subdural collection."] * len(codes)
-    assert all(p.text_differs and p.image_differs for p in pairs_of(records, other, n=30, kinds=("noise",)))
-
-
-def test_without_known_findings_texts_differ_by_their_words():
-    records = [replace(Phantoms("train", 9)[i], findings=None, spec=None) for i in range(9)]
-    assert not any(p.text_differs for p in pairs_of(records, echo(records), n=9, kinds=("noise",)))
-    assert all(p.text_differs for p in pairs_of(records, lambda codes, seed: ["x"] * len(codes), n=9, kinds=("noise",)))
-
-
-def test_pairs_in_which_nothing_differs_are_dropped_until_none_is_left():
-    records = [Phantoms("train", 9)[i] for i in range(9)]
-    with pytest.raises(UserError, match="9 the distortion changed nothing"):
-        pairs_of(records, echo(records), n=9, vqgan=Blind())
-
-
-def test_records_without_text_make_no_pairs(capsys):
-    records = [replace(Phantoms("train", 9)[i], text="" if i % 2 else "Nodule.") for i in range(9)]
-    pairs = pairs_of(records, n=9)
-    assert len(pairs) == 5 and "4 no text" in capsys.readouterr().out
-    with pytest.raises(UserError, match="2 no text"):
-        pairs_of([replace(OTHER, text="")] * 2, n=2)
-
-
-def test_n_bounds_the_pairs_and_records_are_used_once():
-    pairs = pairs_of(Phantoms("train", 300, size=16), n=1000, kinds=("invert",))
-    assert len(pairs) == len({p.name for p in pairs}) == 300
-    assert len(pairs_of(Phantoms("train", 300, size=16), n=7, kinds=("invert",))) == 7

@@ -1,0 +1,198 @@
+"""Every objective on the same pairs, in one table.
+
+    python -m tests.compare                                       everything; goes on where it stopped
+    python -m tests.compare --bias 0.9 --seeds 0 --recipes control bidpo      a part of it
+    python -m tests.compare --table                               only the tables and the picture, from the results
+
+A unit is one benchmark (--bias) and one seed: its own data, SFT model and pairs. Units share the image tokenizer
+and the judge; recipes share everything else. Each model's test figures go to .github/results, the
+tables to standard output, the picture to .github/compare.png. Hours on two cores; two units run side by side in
+two shells with OMP_NUM_THREADS=1. Only the programs' own functions do the work."""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import dpo
+import sample
+import sft
+import vqgan
+from model import UserError, read_log, write_text
+
+ROOT = Path(__file__).parents[1]
+# Half the default lengths of stage 1, two thirds of stage 2: a recipe then takes minutes on one core.
+SCALE = {"vqgan": [], "sft": ["--steps", "1300", "--val-every", "130"],
+         "dpo": ["--steps", "200", "--pairs", "3200", "--rehearsal-records", "3200"],
+         "sample": ["--n", "1000", "--seed", "7"]}
+TABLE = {"control": "--objective sft", "dpo": "--objective dpo", "bidpo": "", "mdpo": "--objective mdpo",
+         "mfpo": "--objective mfpo", "napo": "--objective napo", "rndpo": "--objective rndpo"}
+# the claims of the papers, one variant each beside the recipes above
+CLAIMS = {"mfpo-together": "--objective mfpo --no-curriculum",
+          **{f"{o}-flip{p}": f"--objective {o} --flip-pairs 0.{p}" for p in (10, 20, 30) for o in ("dpo", "napo")},
+          **{f"{name}-judge{p}": f"--objective rndpo {flags} --judge-noise 0.{p}" for p in (0, 2, 4)
+             for name, flags in (("rndpo", ""), ("mask-dpo", "--no-normalise --beta 0.1"), ("rndpo-random", "--mining random"))},
+          **{f"mfpo-{k}": f"--objective mfpo --distort {k}" for k in ("region-noise", "crop", "noise")}}
+RECIPES = TABLE | CLAIMS
+ROWS = {"report/greedy/companion": "companion hallucination ↓, greedy", "report/t1.0/companion": "the same, T = 1 ↓",
+        "report/greedy/chair_i": "CHAIR_i ↓, greedy", "report/t1.0/chair_i": "CHAIR_i ↓, T = 1",
+        "report/greedy/chair_s": "CHAIR_s ↓, greedy", "report/t1.0/chair_s": "CHAIR_s ↓, T = 1",
+        "report/greedy/recall": "recall, greedy", "report/t1.0/recall": "recall, T = 1",
+        "report/greedy/f1": "finding F1, greedy", "report/t1.0/f1": "finding F1, T = 1",
+        "report/greedy/laterality": "wrong side ↓, greedy", "report/greedy/unchanged_by_noise": "unchanged by noise ↓",
+        "report/greedy/distinct": "distinct reports, greedy", "ask/accuracy": "questions right",
+        "segment/dice": "Dice, all structures", "segment/dice_large": "Dice, large structures",
+        "generate/cfg1/f1": "text→image F1, no guidance", "generate/cfg1.5/f1": "text→image F1, guidance 1.5",
+        "generate/cfg1.5/frechet": "Fréchet distance ↓", "drift/text_chosen": "drift of log π(report), nats",
+        "drift/image_chosen": "drift of log π(image), nats", "seconds": "seconds of training"}
+CURVE = {f"report/{d}/{m}": None for d in ("t0.5",) for m in ("companion", "chair_i", "recall")}
+
+
+def run_unit(out, shared, bias, seed, recipes, preset):
+    """Train and evaluate the recipes of one unit; what is already there is kept. Returns its results."""
+    flags = ["--out", str(out), "--preset", preset]
+    data = ["--bias", str(bias), "--seed", str(seed)]
+    scale = SCALE if preset == "small" else dict.fromkeys(SCALE, [])
+    borrow(shared / "vqgan", out / "vqgan")
+    if not (out / "vqgan").exists():
+        vqgan.main([*flags, "--seed", "0", *scale["vqgan"], "--resume"])
+        borrow(out / "vqgan", shared / "vqgan")
+    if not (out / "sft").exists():
+        sft.main([*flags, *data, *scale["sft"], "--resume"])
+    times = json.loads((out / "seconds.json").read_text()) if (out / "seconds.json").exists() else {}
+    for name in recipes:
+        if not (out / name).exists():
+            started = time.time()
+            dpo.main([*flags, *data, *scale["dpo"], *RECIPES[name].split(), "--name", name, "--resume"])
+            times[name] = round(time.time() - started)       # of its last start, if it was stopped
+            write_text(out / "seconds.json", json.dumps(times))
+    borrow(shared / "judge", out / "judge")
+    sample.main([*flags, "--bias", str(bias), *scale["sample"]])
+    borrow(out / "judge", shared / "judge")
+    return collect(out, times)
+
+
+def borrow(source, target):
+    """Copy a folder that units share, unless it is there or there is none."""
+    if source.exists() and not target.exists():
+        shutil.copytree(source, target)
+
+
+def collect(out, times):
+    """{model: {metric: [value, low, high of the difference to the control]}} of a unit, only what the tables show."""
+    written, results = json.loads((out / "eval.json").read_text()), {}
+    for name in [n for n in written if n != "vqgan" and not n.endswith(" minus control")]:
+        difference = written.get(f"{name} minus control", {})
+        results[name] = {k: [written[name][k]["value"], *(difference.get(k, {}).get(e) for e in ("value", "low", "high"))]
+                         for k in (*ROWS, *CURVE) if k in written[name]}
+        rows = read_log(out / f"{name}.jsonl")[-5:]
+        for k in ("drift/text_chosen", "drift/image_chosen"):
+            if rows and k in rows[-1]:
+                results[name][k] = [round(float(np.mean([r[k] for r in rows])), 3), None, None, None]
+        if name in times:
+            results[name]["seconds"] = [times[name], None, None, None]
+    return results
+
+
+def read_results(folder):
+    """{bias: {seed: results}} of every file in the folder."""
+    found = {}
+    for path in sorted(folder.glob("bias*-seed*.json")):
+        bias, seed = path.stem[4:].split("-seed")
+        found.setdefault(float(bias), {})[int(seed)] = json.loads(path.read_text())
+    return found
+
+
+def table(units, names):
+    """Markdown of one benchmark: a metric a row, a recipe a column, the mean over seeds.
+
+    Bold where the paired 95 % interval of the difference to the control excludes 0, on one side, in every seed."""
+    names = [n for n in ("sft", *names) if all(n in u for u in units)]
+    lines = ["| metric | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    for metric, title in ROWS.items():
+        cells = []
+        for name in names:
+            found = [u[name].get(metric) for u in units]
+            if None in found or None in [f[0] for f in found]:
+                cells.append("-")
+                continue
+            mean = np.mean([f[0] for f in found])
+            whole = metric.endswith(("distinct", "frechet")) or metric == "seconds"
+            text = f"{mean:.0f}" if whole else f"{mean:.1f}" if "drift" in metric else f"{mean:.3f}"
+            sure = all(f[2] is not None and f[2] * f[3] > 0 for f in found) and len({f[1] > 0 for f in found}) == 1
+            cells.append(f"**{text}**" if sure else text)
+        if set(cells) != {"-"}:
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def differences(units, names, metrics=("report/greedy/companion", "report/t1.0/companion", "report/greedy/chair_i",
+                                       "report/t1.0/chair_i", "report/greedy/recall", "generate/cfg1/f1")):
+    """Markdown: the difference of each recipe to the control, seed by seed, with its paired 95 % interval."""
+    lines = ["| recipe − control | " + " | ".join(ROWS[m] for m in metrics) + " |", "| --- |" + " --- |" * len(metrics)]
+    show = lambda f: f"{f[1]:+.3f} [{f[2]:+.3f}, {f[3]:+.3f}]" if f and f[1] is not None else "-"
+    for name in [n for n in names if n not in ("sft", "control") and all(n in u for u in units)]:
+        lines.append(f"| {name} | " + " | ".join("<br>".join(show(u[name].get(m)) for u in units) for m in metrics) + " |")
+    return "\n".join(lines)
+
+
+def picture(found, names):
+    """Hallucination against recall over temperature (greedy, 0.5, 1), one line a recipe, one panel a metric."""
+    panels = []
+    for bias, seeds in sorted(found.items(), reverse=True):
+        for metric in ("companion", "chair_i"):
+            series = {}
+            for name in [n for n in ("sft", *names) if all(n in u for u in seeds.values())]:
+                points = [[np.mean([u[name].get(f"report/{d}/{m}", [None])[0] or math.nan for u in seeds.values()])
+                           for m in ("recall", metric)] for d in ("greedy", "t0.5", "t1.0")]
+                if np.isfinite(points).all():
+                    series[name] = [tuple(map(float, p)) for p in points]
+            if series:
+                panels.append(sample.plot(f"{metric} over recall, bias {bias:g};", series, 560, 300))
+    sheet = Image.new("RGB", (1120, 300 * ((len(panels) + 1) // 2)), sample.PALE)
+    for i, panel in enumerate(panels):
+        sheet.paste(panel, (560 * (i % 2), 300 * (i // 2)))
+    return sheet
+
+
+def main(argv=None):
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out-compare"), help="folder of the runs (default: out-compare)")
+    parser.add_argument("--results", type=Path, default=ROOT / ".github" / "results", help="folder of the result files")
+    parser.add_argument("--bias", type=float, nargs="+", default=[0.9, 0.0], help="benchmarks (default: 0.9 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES, metavar="NAME",
+                        help="recipes: " + " ".join(RECIPES).replace("%", "%%") + " (default: all)")
+    parser.add_argument("--preset", default="small", choices=("tiny", "small"), help="tiny: seconds, for tests")
+    parser.add_argument("--table", action="store_true", help="train nothing, show what the results hold")
+    cfg = parser.parse_args(argv)
+    for seed in [] if cfg.table else cfg.seeds:
+        for bias in cfg.bias:
+            unit = f"bias{bias:g}-seed{seed}"
+            results = run_unit(cfg.out / unit, cfg.out / "shared", bias, seed, cfg.recipes, cfg.preset)
+            cfg.results.mkdir(parents=True, exist_ok=True)
+            path = cfg.results / f"{unit}.json"
+            kept = json.loads(path.read_text()) if path.exists() else {}
+            write_text(path, json.dumps(kept | results, separators=(",", ":")).replace("},", "},\n") + "\n")
+    found = read_results(cfg.results)
+    if not found:
+        raise UserError(f"{cfg.results} holds no result yet; run `python -m tests.compare` without --table first")
+    for bias, seeds in sorted(found.items(), reverse=True):
+        units = list(seeds.values())
+        print(f"\n--bias {bias:g}, seeds {' '.join(map(str, seeds))}\n\n{table(units, TABLE)}\n\n{differences(units, TABLE)}")
+        if any(n in u for u in units for n in CLAIMS):
+            print(f"\n{table(units, RECIPES)}")
+    picture(found, TABLE).save(cfg.results.parent / "compare.png")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from model import run
+    run(main)
