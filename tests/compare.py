@@ -155,7 +155,7 @@ def picture(found, names):
                     series[name] = [tuple(map(float, p)) for p in points]
             if series:
                 panels.append(sample.plot(f"{metric} over recall, bias {bias:g};", series, 560, 300))
-    sheet = Image.new("RGB", (1120, 300 * ((len(panels) + 1) // 2)), sample.PALE)
+    sheet = Image.new("RGB", (1120, 300 * max(1, (len(panels) + 1) // 2)), sample.PALE)
     for i, panel in enumerate(panels):
         sheet.paste(panel, (560 * (i % 2), 300 * (i // 2)))
     return sheet

@@ -1,0 +1,67 @@
+"""The comparison's runner: its table by hand, and one tiny unit from start to end and on from there."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from model import UserError
+from tests import compare
+
+
+def unit(low, high, value=0.25):
+    cell = [value, (low + high) / 2, low, high]
+    return {"sft": {"report/greedy/companion": [0.5, None, None, None]},
+            "control": {"report/greedy/companion": [0.45, None, None, None]},
+            "dpo": {"report/greedy/companion": cell, "seconds": [100, None, None, None]}}
+
+
+def test_bold_needs_every_seed_on_one_side():
+    cell = lambda *units: compare.table(list(units), ["control", "dpo"]).splitlines()[2]
+    title = "| companion hallucination ↓, greedy | 0.500 | 0.450 | "
+    assert cell(unit(-0.3, -0.1), unit(-0.2, -0.1, 0.35)) == title + "**0.300** |"
+    assert cell(unit(-0.3, -0.1), unit(-0.2, 0.1)) == title + "0.250 |"
+    assert cell(unit(-0.3, -0.1), unit(0.1, 0.2)) == title + "0.250 |"
+
+
+def test_a_recipe_without_results_in_every_seed_is_left_out():
+    lame = {k: v for k, v in unit(0, 1).items() if k != "dpo"}
+    assert "dpo" not in compare.table([unit(0, 1), lame], ["control", "dpo"]).splitlines()[0]
+
+
+def test_differences_seed_by_seed():
+    rows = compare.differences([unit(-0.3, -0.1), unit(0.0, 0.2)], ["control", "dpo"]).splitlines()
+    assert len(rows) == 3 and "| dpo | -0.200 [-0.300, -0.100]<br>+0.100 [+0.000, +0.200] |" in rows[2]
+
+
+def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys):
+    """The second call trains only the recipe that is new, and keeps what the first one measured."""
+    folder = tmp_path / "runs" / "bias0.9-seed0"
+    folder.mkdir(parents=True)
+    for stage in ("vqgan", "sft", "pairs"):
+        shutil.copytree(trained / stage, folder / stage)
+    flags = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "r/results"), "--preset", "tiny", "--bias", "0.9",
+             "--seeds", "0", "--recipes"]
+    compare.main([*flags, "control"])
+    written = tmp_path / "r/results/bias0.9-seed0.json"
+    first, made = json.loads(written.read_text()), (folder / "control/model.safetensors").stat().st_mtime_ns
+    compare.main([*flags, "control", "dpo"])
+    second = json.loads(written.read_text())
+    assert second.keys() == {"sft", "control", "dpo"} and second["control"] == first["control"]
+    assert (folder / "control/model.safetensors").stat().st_mtime_ns == made
+    assert len(second["dpo"]["report/greedy/recall"]) == 4 and second["dpo"]["seconds"][0] >= 0
+    assert "| metric | sft | control | dpo |" in capsys.readouterr().out
+    assert Image.open(tmp_path / "r/compare.png").width == 1120
+
+
+def test_a_table_of_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no result yet"):
+        compare.main(["--table", "--results", str(tmp_path)])
+
+
+def test_every_recipe_is_a_command_of_dpo():
+    import dpo
+    from model import cli
+    for flags in compare.RECIPES.values():
+        dpo.check_flags(cli(dpo.DPOConfig, dpo.PRESETS, flags.split(), None, ("objective", dpo.OBJECTIVE_DEFAULTS)))
