@@ -239,7 +239,7 @@ class Pair:
     distorted: np.ndarray        # (N,) distorted image
     chosen: str                  # the genuine report
     reports: dict = field(default_factory=dict)     # writer -> what the SFT model wrote (WRITERS)
-    entropy: float = -1.0        # semantic entropy of its reports on the genuine image, nats; -1: not asked for
+    entropy: float | None = None            # semantic entropy of its reports on the genuine image, in nats
     structure: str = ""          # of the proposals; "" where the record has no masks
     proposals: np.ndarray | None = None     # (k, N) masks of the structure that the SFT model drew
     scores: np.ndarray | None = None        # (2, k) their Dice with each other, and with the true mask
@@ -322,7 +322,7 @@ def build_pairs(records, cfg, vqgan, region, device, autocast):
     return pairs
 
 
-def add_reports(pairs, writer, model, vocab, cfg, seed):
+def sample_reports(pairs, writer, model, vocab, cfg, seed):
     """What the SFT model writes, sampled from one of WRITERS' prompts for each pair: a list of strings."""
     texts = []
     for start in tqdm(range(0, len(pairs), 256), desc=f"reports, {writer}", unit="batch", leave=False):
@@ -335,10 +335,10 @@ def add_reports(pairs, writer, model, vocab, cfg, seed):
 def add_entropy(pairs, model, vocab, cfg, phrases):
     """Semantic entropy −Σ p log p over distinct statements among m sampled reports (arXiv:2410.15334)."""
     m = cfg.entropy_samples
-    samples = [add_reports(pairs, "own", model, vocab, cfg, cfg.seed + 1_000_003 * (j + 1)) for j in range(m)]
+    samples = [sample_reports(pairs, "own", model, vocab, cfg, cfg.seed + 1_000_003 * (j + 1)) for j in range(m)]
     for pair, texts in zip(pairs, zip(*samples)):
         p = np.array(list(Counter(statement(t, phrases) for t in texts).values())) / m
-        pair.entropy = float(-(p * np.log(p)).sum())
+        pair.entropy = float((p * np.log(1 / p)).sum())
 
 
 def add_proposals(pairs, records, model, vocab, vqgan, cfg):
@@ -451,9 +451,9 @@ def load_or_build_pairs(cfg, data, vqgan, model, vocab, device, autocast):
     writers = {*cfg.rejected, "distorted", *(w for b, w in BIASED.items() if b in compared)} - pairs[0].reports.keys()
     with autocast():
         for writer in sorted(writers):
-            for pair, text in zip(pairs, add_reports(pairs, writer, model, vocab, cfg, cfg.seed)):
+            for pair, text in zip(pairs, sample_reports(pairs, writer, model, vocab, cfg, cfg.seed)):
                 pair.reports[writer] = text
-        if entropy := cfg.curriculum and pairs[0].entropy < 0:
+        if entropy := cfg.curriculum and pairs[0].entropy is None:
             add_entropy(pairs, model, vocab, cfg, phrases)
         if masks := "mask" in compared and not any(p.structure for p in pairs):
             add_proposals(pairs, data["train"], model, vocab, vqgan, cfg)

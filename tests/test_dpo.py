@@ -390,7 +390,7 @@ def test_semantic_entropy_by_hand(monkeypatch):
     """Four samples: two state one thing, in two wordings, two another: log 2; all alike: 0."""
     texts = iter((["Left effusion.", "Normal."], ["There is a left effusion.", "Normal."], ["Normal.", "normal."],
                   ["Clear.", "Normal."]))
-    monkeypatch.setattr(dpo, "add_reports", lambda *a: next(texts))
+    monkeypatch.setattr(dpo, "sample_reports", lambda *a: next(texts))
     pairs = make_pairs()
     dpo.add_entropy(pairs, None, VOCAB, config("mfpo", "--entropy-samples", "4"), PHRASES)
     assert pairs[0].entropy == pytest.approx(math.log(2)) and pairs[1].entropy == 0
