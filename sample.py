@@ -452,7 +452,7 @@ def evaluate(cfg):
                 for k, v in results[name].items() if len(v[1])}
     write_text(Path(cfg.out) / "eval.json", json.dumps(written, indent=1) + "\n")
     sheets = [contact_sheet(loaded, vqgan, bench, autocast), *pair_sheet(vqgan, bench)]
-    column(sheets).save(Path(cfg.out) / "samples.png")
+    below(sheets).save(Path(cfg.out) / "samples.png")
     curves(cfg.out).save(Path(cfg.out) / "curves.png")
     print_table(written, names, bench)
     print(f"wrote {cfg.out}/eval.json, {cfg.out}/samples.png, {cfg.out}/curves.png")
@@ -497,70 +497,6 @@ def tile(pixels, size):
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).convert("RGB").resize((size, size))
 
 
-def contact_sheet(loaded, vqgan, bench, autocast, rows=6, size=128):
-    """Test images, their reconstruction, what each model draws for the true report and reports of the image.
-
-    Sentences that state a finding the image does not show are red."""
-    n = min(rows, len(bench.records))
-    shown = worth_showing(bench, n)
-    records, codes = [bench.records[i] for i in shown], bench.codes[shown]
-    prompts = [r.text for r in records]
-    own = torch.as_tensor(codes, device=bench.pixels.device).long()
-    columns = {"image": bench.pixels[shown], "from its codes": vqgan.decode(own)}
-    reports = {}
-    with autocast():
-        for name, (model, vocab) in loaded.items():
-            columns[f"drawn: {name}"] = draw_images(model, vocab, vqgan, prompts, bench.cfg, bench.cfg.guidance)
-            reports[name] = write_reports(model, list(codes), vocab)
-    left, width = size * len(columns) + 8, 270
-    sheet = Image.new("RGB", (left + width * (1 + len(loaded)), 24 + n * (size + 8)), PALE)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for j, (title, images) in enumerate(columns.items()):
-        pen.text((j * size + 4, 5), title, INK, font)
-        for i in range(n):
-            sheet.paste(tile(images[i], size - 4), (j * size + 2, 24 + i * (size + 8)))
-    for j, (title, texts) in enumerate([("true report", prompts), *((f"report: {k}", v) for k, v in reports.items())]):
-        pen.text((left + j * width, 5), title, INK, font)
-        for i, (text, record) in enumerate(zip(texts, records)):
-            true = None if record.findings is None else {key(f) for f in record.findings}
-            write_coloured(pen, font, (left + j * width, 24 + i * (size + 8)), text, true, bench.phrases)
-    return sheet
-
-
-def pair_sheet(vqgan, bench, rows=6, size=128, width=270):
-    """Preference pairs: genuine and distorted image, true report and what the SFT model wrote; [] without out/pairs.
-
-    Sentences that state a finding which the true report does not are red."""
-    folder = Path(bench.cfg.out) / "pairs"
-    if not folder.exists():
-        return []
-    pairs = read_pairs(folder)[:rows]
-    decode = lambda codes: vqgan.decode(torch.as_tensor(np.stack(codes), device=bench.pixels.device).long())
-    columns = {"genuine": decode([p.codes for p in pairs]), "distorted": decode([p.distorted for p in pairs])}
-    texts = {"true report: chosen": [p.chosen for p in pairs],
-             **{f"rejected, written {w}": [p.reports[w] for p in pairs] for w in sorted(pairs[0].reports)}}
-    sheet = Image.new("RGB", (2 * size + 8 + width * len(texts), 24 + len(pairs) * (size + 8)), PALE)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for j, (title, images) in enumerate(columns.items()):
-        pen.text((j * size + 4, 5), title, INK, font)
-        for i, x in enumerate(images):
-            sheet.paste(tile(x, size - 4), (j * size + 2, 24 + i * (size + 8)))
-    for j, (title, said) in enumerate(texts.items()):
-        pen.text((2 * size + 8 + j * width, 5), title, INK, font)
-        for i, (text, pair) in enumerate(zip(said, pairs)):
-            true = {key(f) for f in read_findings(pair.chosen, bench.phrases)}
-            write_coloured(pen, font, (2 * size + 8 + j * width, 24 + i * (size + 8)), text, true, bench.phrases)
-    return [sheet]
-
-
-def column(sheets):
-    """PIL images below each other in one."""
-    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), PALE)
-    for i, sheet in enumerate(sheets):
-        whole.paste(sheet, (0, sum(s.height for s in sheets[:i])))
-    return whole
-
-
 def worth_showing(bench, n):
     """n records to show: first those that tempt to state a companion, then those with several findings."""
     tempting = companions([()] * len(bench.records), bench.records)[0] if bench.known else np.zeros(len(bench.records))
@@ -577,6 +513,63 @@ def write_coloured(pen, font, at, text, true, phrases):
         wrong = true is not None and any(key(f) not in true for f in read_findings(sentence, phrases))
         pen.text((x, y), line, COLOURS[1] if wrong else INK, font)
         y += 14
+
+
+def lay_out(images, texts, true, phrases, size=128, width=270):
+    """A sheet of titled columns: images {title: (n, C, H, W)}, then texts {title: n strings}; true as write_coloured."""
+    left, n = size * len(images) + 8, len(true)
+    sheet = Image.new("RGB", (left + width * len(texts), 24 + n * (size + 8)), PALE)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for j, (title, column) in enumerate(images.items()):
+        pen.text((j * size + 4, 5), title, INK, font)
+        for i in range(n):
+            sheet.paste(tile(column[i], size - 4), (j * size + 2, 24 + i * (size + 8)))
+    for j, (title, column) in enumerate(texts.items()):
+        pen.text((left + j * width, 5), title, INK, font)
+        for i in range(n):
+            write_coloured(pen, font, (left + j * width, 24 + i * (size + 8)), column[i], true[i], phrases)
+    return sheet
+
+
+def contact_sheet(loaded, vqgan, bench, autocast, rows=6):
+    """Test images, their reconstruction, what each model draws for the true report and reports of the image.
+
+    Sentences that state a finding the image does not show are red."""
+    shown = worth_showing(bench, min(rows, len(bench.records)))
+    records, codes = [bench.records[i] for i in shown], bench.codes[shown]
+    own = torch.as_tensor(codes, device=bench.pixels.device).long()
+    images = {"image": bench.pixels[shown], "from its codes": vqgan.decode(own)}
+    texts = {"true report": [r.text for r in records]}
+    with autocast():
+        for name, (model, vocab) in loaded.items():
+            images[f"drawn: {name}"] = draw_images(model, vocab, vqgan, texts["true report"], bench.cfg, bench.cfg.guidance)
+            texts[f"report: {name}"] = write_reports(model, list(codes), vocab)
+    true = [None if r.findings is None else {key(f) for f in r.findings} for r in records]
+    return lay_out(images, texts, true, bench.phrases)
+
+
+def pair_sheet(vqgan, bench, rows=6):
+    """Preference pairs: genuine and distorted image, true report and what the SFT model wrote; [] without out/pairs.
+
+    Sentences that state a finding which the true report does not are red."""
+    folder = Path(bench.cfg.out) / "pairs"
+    if not folder.exists():
+        return []
+    pairs = read_pairs(folder)[:rows]
+    decode = lambda codes: vqgan.decode(torch.as_tensor(np.stack(codes), device=bench.pixels.device).long())
+    images = {"genuine": decode([p.codes for p in pairs]), "distorted": decode([p.distorted for p in pairs])}
+    shown = {"distorted": "the distorted image", "own": "the genuine image", "no-image": "no image", "no-question": "no question"}
+    texts = {"chosen: true report": [p.chosen for p in pairs]} | {
+        f"rejected: SFT, shown {shown[w]}": [p.reports[w] for p in pairs] for w in pairs[0].reports}
+    return [lay_out(images, texts, [{key(f) for f in read_findings(p.chosen, bench.phrases)} for p in pairs], bench.phrases)]
+
+
+def below(sheets):
+    """PIL images below each other in one."""
+    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), PALE)
+    for i, sheet in enumerate(sheets):
+        whole.paste(sheet, (0, sum(s.height for s in sheets[:i])))
+    return whole
 
 
 PANELS = (("vqgan", ("psnr", "val/psnr")), ("vqgan", ("codebook/usage", "codebook/near_duplicates")),
