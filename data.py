@@ -12,7 +12,7 @@ learns. In validation and test they come independently, so what a model states o
 A side is always the patient's: the patient's left is the right of the image. Not for clinical use.
 
 In order: records and findings; phantoms; folders; findings read back from a report; the joint
-vocabulary and the prompts of the four tasks; distortions; preference pairs.
+vocabulary and the prompts of the four tasks; distortions.
 """
 
 import csv
@@ -839,6 +839,14 @@ def read_term(text, terms):
     return min(hits)[1] if hits else ""
 
 
+def statement(text, phrases):
+    """What two reports must differ in: their findings; where none are known of, modality and body part; else words."""
+    if phrases:
+        return frozenset(key(f) for f in read_findings(text, phrases))
+    terms = {read_term(text, MODALITY_PHRASES), read_term(text, BODY_PHRASES)} - {""}
+    return frozenset(terms) or text.strip()
+
+
 def match_findings(stated, true):
     """Counts of one report: stated, true, right, hallucinated, laterality errors, details right."""
     s, t = {key(f): f for f in stated}, {key(f): f for f in true}
@@ -1113,13 +1121,21 @@ def erase(image, mask):
     return result
 
 
+def alike(a, b):
+    """Whether two records state the same: their findings where both are known, else their texts."""
+    if a.findings is None or b.findings is None:
+        return a.text == b.text
+    return {key(f) for f in a.findings} == {key(f) for f in b.findings}
+
+
 def distort(records, index, kind, strength, rng, region=None):
     """(distorted image, the kind used) of record `index`; the image is None where nothing applies.
 
     Global kinds are in PIXEL_DISTORTIONS. region-noise: noise inside one finding's mask only; where none has
     a mask, inside region(record), a mask (H, W) or None that the caller finds; else everywhere. remove, add,
     mirror: phantoms are drawn again with one finding taken out, put in or moved to the other side; a real
-    image has a finding's mask filled (remove) or is flipped (mirror). other: another record's image.
+    image has a finding's mask filled (remove) or is flipped (mirror). other: the image of another record,
+    one that states something else.
     What a record cannot take falls back: a phantom's remove and mirror to add; a real image's add, and
     its remove where no finding has a mask, to other. The kind returned tells."""
     record = records[index]
@@ -1141,6 +1157,8 @@ def distort(records, index, kind, strength, rng, region=None):
         return np.where(mask if noise.ndim == 2 else mask[..., None], noise, record.image), kind
     if kind == "mirror":
         return flip(record.image, rng, strength), kind
-    if len(records) < 2:
-        return None, "other"
-    return records[(index + 1 + int(rng.integers(len(records) - 1))) % len(records)].image, "other"
+    for _ in range(10 if len(records) > 1 else 0):
+        another = records[(index + 1 + int(rng.integers(len(records) - 1))) % len(records)]
+        if not alike(record, another):
+            return another.image, "other"
+    return None, "other"

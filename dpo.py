@@ -17,16 +17,19 @@ what the SFT model writes when shown m'. With the reward r(y|x) = β·(log π_θ
 
 and the objectives are sums of them, each term with its weight λ:
 
-    dpo     text                               mfpo    text + conditional + anchor, from easy pairs to hard
-    bidpo   text + image + conditional + anchor        (arXiv:2410.15334)
-    mdpo    text + conditional + anchor        napo    text + language + vision
-    sft     none: the control                  rndpo   mask + image, margins divided by the number of codes in
-                                                       which the two differ (arXiv:2601.23222)
+    dpo     text
+    mdpo    text + conditional + anchor
+    mfpo    text + conditional + anchor, from easy pairs to hard (arXiv:2410.15334): on the same pairs, mdpo and
+            a curriculum; its other half is the data, m' distorted in the key region alone
+    napo    text + language + vision
+    rndpo   mask + image, margins divided by the number of codes in which the two differ (arXiv:2601.23222)
+    bidpo   text + image + conditional + anchor
+    sft     none: the control
 
 To every one the loop adds λ_s · NLL(chosen) + λ_r · NLL(rehearsal): plain SFT on the chosen report and image, and
-on questions, masks and emptied prompts, which pairs would let fade. bidpo follows the abstract of doi
-10.1109/JBHI.2026.3707092, all of it that is public; its conditional term is our reading, --conditional-weight 0
-the strict one. rndpo, too, is our reading of an abstract.
+on questions, masks and emptied prompts, which pairs would let fade. λ_s is 1 for the control, else 0.5. bidpo follows
+the abstract of doi 10.1109/JBHI.2026.3707092, all of it that is public: text and image are the abstract's, conditional
+and anchor ours (--conditional-weight 0 --anchor-weight 0: the strict reading). rndpo is our reading of an abstract.
 
 A healthy log starts with every −log σ term at 0.6931 (log 2: policy == reference; bidpo's anchor at twice that,
 it holds two sequences; NaPO's at 0.5) and all margins 0; then margins grow. The log-ratios of what is chosen
@@ -43,13 +46,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import sft as sft_stage
-from data import (BODY_PHRASES, DISTORTIONS, INSTRUCTIONS, MAX_TEXT, MODALITY_PHRASES, add_noise, check_data, collate,
-                  data_name, distort, encode_images, encode_records, key, lexicon, make_example, open_data,
-                  read_findings, read_term, spread)
+from data import (DISTORTIONS, INSTRUCTIONS, MAX_TEXT, add_noise, check_data, collate, data_name, distort, encode_images,
+                  encode_records, lexicon, make_example, open_data, spread, statement)
 from model import (Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage, generate, get_lr,
                    init_run, make_optimizers, per_token_logps, pick, read_tensors, run, run_flags, save_state,
                    sequence_logps, set_lr, weights_hash)
@@ -71,7 +74,7 @@ class DPOConfig(RunConfig):
     rejected: tuple = arg(("distorted",), "who writes the rejected report, mixed evenly: the SFT model shown the "
                           "distorted image, its own wrong report of the genuine one (own), or no-image, no-question")
     pair_temperature: float = arg(1.0, "temperature of the SFT model's reports and masks")
-    flip_pairs: float = arg(0.0, "share of pairs whose preferences point the wrong way, to study noise")
+    flip_pairs: float = arg(0.0, "share of pairs whose chosen and rejected report and mask are swapped, to study noise")
     curriculum: bool = arg(False, "easy, medium, hard thirds one after the other, by semantic entropy (mfpo: on)")
     entropy_samples: int = arg(5, "reports sampled for the semantic entropy of an image")
     proposals: int = arg(4, "rndpo: masks that the SFT model draws of one structure")
@@ -111,12 +114,13 @@ PUBLISHED = dict(beta=0.1, text_weight=1.0)
 OBJECTIVE_DEFAULTS = {"bidpo": {}, "dpo": PUBLISHED, "mdpo": PUBLISHED | dict(anchor_weight=1.0), "napo": PUBLISHED,
                       "mfpo": PUBLISHED | dict(anchor_weight=1.0, curriculum=True),
                       "rndpo": dict(beta=5.0, normalise=True), "sft": dict(sft_weight=1.0)}
+CHOSEN = ("text_chosen", "image_chosen")      # what the NLL is taken of, for every objective and the control
 REHEARSAL = {"report": 0.0, "generate": 0.25, "ask": 0.45, "segment": 0.30}
 
 
 # ---------------------------------------------------------------------------------------------
-# Objectives: pure functions. m holds the margins r(chosen) − r(rejected) of each comparison,
-# r the rewards of each sequence, all (B,); the result is each term's loss, (B,).
+# Objectives: pure functions of margins r(chosen) − r(rejected), one a comparison, and of rewards, one a
+# sequence, all (B,). The result is each term's loss, (B,).
 # ---------------------------------------------------------------------------------------------
 
 
@@ -136,56 +140,54 @@ def box_cox_loss(margin, q):
 
 
 def noise_q(mean_margin, cfg):
-    """NaPO's q of a batch, from margins of per-token mean log-ratios (B,): margins near 0 mean noise, so q is high."""
-    q = 2 * (1 - torch.sigmoid(cfg.napo_alpha * mean_margin.detach().mean()))
-    return q.clamp(cfg.q_min, cfg.q_max)
+    """NaPO's q of a batch, from its mean margin of per-token mean log-ratios: a margin near 0 means noise, a high q."""
+    return (2 * (1 - torch.sigmoid(cfg.napo_alpha * mean_margin.detach()))).clamp(cfg.q_min, cfg.q_max)
 
 
-def dpo_loss(m, r, cfg):
+def dpo_loss(margins, rewards, cfg):
     """Image to text alone (arXiv:2305.18290)."""
-    return {"text": preference_loss(m["text"])}
+    return {"text": preference_loss(margins["text"])}
 
 
-def bidpo_loss(m, r, cfg):
+def bidpo_loss(margins, rewards, cfg):
     """Both directions (doi 10.1109/JBHI.2026.3707092), with a conditional and an anchor term of our own choice."""
-    return {"text": preference_loss(m["text"]), "image": preference_loss(m["image"]),
-            "conditional": preference_loss(m["conditional"]),
-            "anchor": sum(anchor_loss(r[k], cfg.anchor_delta) for k in CHOSEN)}
+    return {"text": preference_loss(margins["text"]), "image": preference_loss(margins["image"]),
+            "conditional": preference_loss(margins["conditional"]),
+            "anchor": sum(anchor_loss(rewards[k], cfg.anchor_delta) for k in CHOSEN)}
 
 
-def mdpo_loss(m, r, cfg):
+def mdpo_loss(margins, rewards, cfg):
     """DPO + CoPO + AncPO (arXiv:2406.11839)."""
-    return {"text": preference_loss(m["text"]), "conditional": preference_loss(m["conditional"]),
-            "anchor": anchor_loss(r["text_chosen"], cfg.anchor_delta)}
+    return {"text": preference_loss(margins["text"]), "conditional": preference_loss(margins["conditional"]),
+            "anchor": anchor_loss(rewards["text_chosen"], cfg.anchor_delta)}
 
 
-def mfpo_loss(m, r, cfg):
-    """L_text + L_image + L_margin (arXiv:2410.15334): mdpo's sum. What is new is the data: m' distorted in the key
-    region alone (--distort remove or region-noise), and the curriculum."""
-    return mdpo_loss(m, r, cfg)
+def mfpo_loss(margins, rewards, cfg):
+    """L_text + L_image + L_margin (arXiv:2410.15334): mdpo's sum, on other data and in another order."""
+    return mdpo_loss(margins, rewards, cfg)
 
 
-def napo_loss(m, r, cfg):
+def napo_loss(margins, rewards, cfg):
     """DPO, and noise-robust terms for rejected reports made under language and vision bias (arXiv:2503.17928)."""
-    return {"text": preference_loss(m["text"])} | {
-        bias: box_cox_loss(m[bias], noise_q(m[f"{bias}/token"], cfg)) for bias in ("language", "vision")}
+    return {"text": preference_loss(margins["text"])} | {
+        bias: box_cox_loss(margins[bias], margins[f"{bias}/q"]) for bias in ("language", "vision")}
 
 
-def rndpo_loss(m, r, cfg):
+def rndpo_loss(margins, rewards, cfg):
     """DPO between masks, and between images, with margins divided by |Ω| (our reading of arXiv:2601.23222)."""
-    return {"mask": preference_loss(m["mask"]), "image": preference_loss(m["image"])}
+    return {"mask": preference_loss(margins["mask"]), "image": preference_loss(margins["image"])}
 
 
 # objective: its function and the comparisons whose margins it needs
 OBJECTIVES = {"dpo": (dpo_loss, ("text",)), "bidpo": (bidpo_loss, ("text", "image", "conditional")),
               "mdpo": (mdpo_loss, ("text", "conditional")), "mfpo": (mfpo_loss, ("text", "conditional")),
               "napo": (napo_loss, ("text", "language", "vision")), "rndpo": (rndpo_loss, ("mask", "image")),
-              "sft": (lambda m, r, cfg: {}, ())}
+              "sft": (lambda margins, rewards, cfg: {}, ())}
 # comparison: its chosen and its rejected sequence
 COMPARISONS = {"text": ("text_chosen", "text_rejected"), "image": ("image_chosen", "image_rejected"),
                "conditional": ("text_chosen", "text_distorted"), "language": ("text_chosen", "text_language"),
                "vision": ("text_chosen", "text_vision"), "mask": ("mask_chosen", "mask_rejected")}
-CHOSEN = ("text_chosen", "image_chosen")      # what the NLL is taken of, for every objective and the control
+BIASED = {"language": "no-image", "vision": "no-question"}      # comparison: who writes its rejected report
 
 
 def sequences_of(objective):
@@ -198,30 +200,32 @@ def masked_mean(values, keep):
     return (values * keep).sum() / keep.sum().clamp(min=1)
 
 
-def make_margins(ratios, sizes, sign, cfg):
+def make_margins(ratios, sizes, keep, cfg):
     """Margins (B,) of the objective's comparisons from log-ratios log π_θ − log π_ref of its sequences.
 
-    "NAME/token" is the margin of per-token means, without β, for NaPO's q. With cfg.normalise image and
-    mask margins are sums over Ω, the codes in which the two differ, divided by |Ω|: codes outside Ω differ
-    too, through their prefix, and are left out. sign (B,) is -1 where a pair is flipped."""
-    m = {}
+    "NAME/q" is NaPO's q, from margins of per-token means (without β) over the pairs that count. With cfg.normalise
+    image and mask margins are sums over Ω, the codes in which the two differ, divided by |Ω|: codes outside Ω
+    differ in probability too, through their prefix, and are left out."""
+    margins = {}
     for name in OBJECTIVES[cfg.objective][1]:
         chosen, rejected = COMPARISONS[name]
-        m[f"{name}/token"] = sign * (ratios[chosen] / sizes[chosen] - ratios[rejected] / sizes[rejected])
-        end = "/Ω" if cfg.normalise and name in ("image", "mask") else ""
-        m[name] = cfg.beta * sign * (ratios[chosen + end] - ratios[rejected + end])
-        if end:
-            m[name] = m[name] / sizes[chosen + end].clamp(min=1)
-    return m
+        suffix = "/Ω" if cfg.normalise and name in ("image", "mask") else ""
+        margins[name] = cfg.beta * (ratios[chosen + suffix] - ratios[rejected + suffix])
+        if suffix:
+            margins[name] = margins[name] / sizes[chosen + suffix].clamp(min=1)
+        if name in BIASED:
+            per_token = ratios[chosen] / sizes[chosen] - ratios[rejected] / sizes[rejected]
+            margins[f"{name}/q"] = noise_q(masked_mean(per_token, keep[name]), cfg)
+    return margins
 
 
-def objective_loss(ratios, sizes, sign, keep, cfg):
-    """The objective's weighted sum, each term's mean over the pairs that count, and the margins."""
-    m = make_margins(ratios, sizes, sign, cfg)
+def objective_loss(ratios, sizes, keep, cfg):
+    """The objective's weighted sum, each term's mean over the pairs that count (keep, 0 or 1), and the margins."""
+    margins = make_margins(ratios, sizes, keep, cfg)
     rewards = {k: cfg.beta * v for k, v in ratios.items()}
     terms = {name: masked_mean(loss, keep.get(name, torch.ones_like(loss)))
-             for name, loss in OBJECTIVES[cfg.objective][0](m, rewards, cfg).items()}
-    return sum(getattr(cfg, f"{name}_weight") * term for name, term in terms.items()), terms, m
+             for name, loss in OBJECTIVES[cfg.objective][0](margins, rewards, cfg).items()}
+    return sum(getattr(cfg, f"{name}_weight") * term for name, term in terms.items()), terms, margins
 
 
 # ---------------------------------------------------------------------------------------------
@@ -233,7 +237,8 @@ def objective_loss(ratios, sizes, sign, keep, cfg):
 class Pair:
     """One genuine study against its distorted twin, and what the SFT model makes of it."""
 
-    name: str                    # the record
+    index: int                   # the record in the training split
+    name: str                    # and its name
     kind: str                    # the distortion
     codes: np.ndarray            # (N,) genuine image
     distorted: np.ndarray        # (N,) distorted image
@@ -254,15 +259,6 @@ WRITERS = {"distorted": lambda p, vocab, asked: vocab.understand(p.distorted, as
            "own": lambda p, vocab, asked: vocab.understand(p.codes, asked),
            "no-image": lambda p, vocab, asked: [vocab.bos, *vocab.encode_text(asked)],
            "no-question": lambda p, vocab, asked: vocab.understand(p.codes, "")}
-BIASED = {"language": "no-image", "vision": "no-question"}
-
-
-def statement(text, phrases):
-    """What two reports must differ in: their findings; where none are known of, modality and body part; else words."""
-    if phrases:
-        return frozenset(key(f) for f in read_findings(text, phrases))
-    terms = {read_term(text, MODALITY_PHRASES), read_term(text, BODY_PHRASES)} - {""}
-    return frozenset(terms) or text.strip()
 
 
 @torch.no_grad()
@@ -303,14 +299,14 @@ def build_pairs(records, cfg, vqgan, region, device, autocast):
             if image is None:
                 dropped["which no distortion fits"] += 1
                 continue
-            batch.append((record, kind))
+            batch.append((index, record, kind))
             images += [record.image, image]
         codes = encode_images(images, vqgan, cfg.channels, device, autocast) if batch else []
-        for (record, kind), own, twin in zip(batch, codes[::2], codes[1::2]):
+        for (index, record, kind), own, twin in zip(batch, codes[::2], codes[1::2]):
             if (own == twin).all():
                 dropped["whose codes the distortion left as they were"] += 1
             else:
-                pairs.append(Pair(record.name, kind, own, twin, record.text))
+                pairs.append(Pair(index, record.name, kind, own, twin, record.text))
         bar.update(min(256, len(order) - start))
     bar.close()
     counts = ", ".join(f"{c} {why}" for why, c in dropped.items())
@@ -343,22 +339,18 @@ def add_entropy(pairs, model, vocab, cfg, phrases):
 
 def add_proposals(pairs, records, model, vocab, vqgan, cfg):
     """For each pair whose record has masks: k masks of one structure that the SFT model draws, and their scores."""
-    by_name = {p.name: p for p in pairs}
-    order = np.random.default_rng([cfg.seed, 4]).permutation(len(records))[:cfg.pairs]
     k = cfg.proposals
-    for start in tqdm(range(0, len(order), 64), desc="mask proposals", unit="batch", leave=False):
-        batch = [(records[int(i)], int(i)) for i in order[start:start + 64]]
-        batch = [(by_name[r.name], r.masks, i) for r, i in batch if r.name in by_name and r.masks]
+    for start in tqdm(range(0, len(pairs), 64), desc="mask proposals", unit="batch", leave=False):
+        batch = [(p, records[p.index].masks) for p in pairs[start:start + 64]]
+        batch = [(p, masks) for p, masks in batch if masks]
         if not batch:
             continue
-        for pair, masks, i in batch:
-            pair.structure = str(np.random.default_rng([cfg.seed, 10, i]).choice(sorted(masks)))
-        drawn, codes = draw_masks(model, vocab, [p.codes for p, _, _ in batch for _ in range(k)],
-                                  [p.structure for p, _, _ in batch for _ in range(k)], vqgan, cfg.pair_temperature,
+        for pair, masks in batch:
+            pair.structure = str(np.random.default_rng([cfg.seed, 10, pair.index]).choice(sorted(masks)))
+        drawn, codes = draw_masks(model, vocab, [p.codes for p, _ in batch for _ in range(k)],
+                                  [p.structure for p, _ in batch for _ in range(k)], vqgan, cfg.pair_temperature,
                                   cfg.seed + start)
-        for j, (pair, masks, _) in enumerate(batch):
-            own = drawn[j * k:(j + 1) * k]
-            pair.proposals = codes[j * k:(j + 1) * k]
+        for (pair, masks), own, pair.proposals in zip(batch, np.split(drawn, len(batch)), np.split(codes, len(batch))):
             agreement = [np.mean([dice(own[a], own[b]) for b in range(k) if b != a]) for a in range(k)]
             pair.scores = np.array([agreement, [dice(a, masks[pair.structure]) for a in own]], np.float32)
 
@@ -366,54 +358,59 @@ def add_proposals(pairs, records, model, vocab, vqgan, cfg):
 def mine(scores, mining, noise, rng):
     """(chosen, rejected): two of the k proposals, by the comparisons of a judge who errs with probability `noise`.
 
-    top-bottom: most against fewest wins among all comparisons; random: any two, compared once."""
-    k = len(scores)
-    wins = np.zeros(k)
-    duels = [rng.choice(k, 2, replace=False)] if mining == "random" else [(i, j) for i in range(k) for j in range(i)]
-    for i, j in duels:
-        first = (scores[i] > scores[j]) != (rng.random() < noise)
-        wins[i] += 1 if first else -1
-        wins[j] -= 1 if first else -1
-    wins += rng.uniform(0, 0.5, k) * (wins != 0)                # ties are drawn by lot
-    return int(wins.argmax()), int(wins.argmin())
+    top-bottom: most against fewest wins among all comparisons; random: any two, compared once. Equal scores
+    and equal numbers of wins are decided by lot."""
+    scores = scores + rng.uniform(0, 1e-6, len(scores))
+    players = rng.permutation(len(scores))[:2 if mining == "random" else None]
+    wins = dict.fromkeys(players.tolist(), 0)
+    for n, i in enumerate(wins):
+        for j in list(wins)[:n]:
+            wins[i if (scores[i] > scores[j]) != (rng.random() < noise) else j] += 1
+    ranked = sorted(wins, key=wins.get)          # stable, and the players stand in random order
+    return ranked[-1], ranked[0]
 
 
-def take(pairs, cfg, phrases):
-    """Set each pair's rejected report and masks as cfg wants them; which pairs count, {comparison: (n,) bool}."""
+def choose_rejected(pairs, cfg, phrases):
+    """Set each pair's rejected report and masks as cfg wants them; which pairs count: {comparison: (n,) bool}.
+
+    Raises UserError where a comparison of the objective has no pair whose two sides differ."""
     keep = {name: np.ones(len(pairs), bool) for name in OBJECTIVES[cfg.objective][1]}
+    flipped = np.random.default_rng([cfg.seed, 12]).random(len(pairs)) < cfg.flip_pairs
     for i, pair in enumerate(pairs):
-        true = statement(pair.chosen, phrases)
         pair.rejected = pair.reports[cfg.rejected[i % len(cfg.rejected)]]
-        for name, text in {"text": pair.rejected, **{b: pair.reports.get(w) for b, w in BIASED.items()}}.items():
-            if name in keep:
-                keep[name][i] = statement(text, phrases) != true
         if "mask" in keep:
-            pair.masks = (pair.codes, pair.codes)              # never scored: it only fills its place in the batch
+            pair.masks = (pair.codes, pair.codes)              # a placeholder that `keep` leaves out
             if pair.structure:
                 best, worst = mine(pair.scores[["agreement", "truth"].index(cfg.judge)], cfg.mining, cfg.judge_noise,
                                    np.random.default_rng([cfg.seed, 11, i]))
                 pair.masks = (pair.proposals[best], pair.proposals[worst])
             keep["mask"][i] = (pair.masks[0] != pair.masks[1]).any()        # |Ω| = 0 carries no signal
-    if not keep:
-        return keep
+        if flipped[i]:
+            pair.chosen, pair.rejected, pair.masks = pair.rejected, pair.chosen, pair.masks[::-1]
+        for name, text in {"text": pair.rejected, **{b: pair.reports.get(w) for b, w in BIASED.items()}}.items():
+            if name in keep:
+                keep[name][i] = statement(text, phrases) != statement(pair.chosen, phrases)
     counts = ", ".join(f"{name} {int(v.sum())}" for name, v in keep.items())
-    if not any(v.any() for v in keep.values()):
-        raise UserError(f"no usable preference pair among {len(pairs)} for --objective {cfg.objective} ({counts}): what "
-                        "is rejected says the same as what is chosen; try another --rejected or --distort")
-    tqdm.write(f"of {len(pairs)} pairs chosen and rejected differ in: {counts}")
+    if not all(v.any() for v in keep.values()):
+        raise UserError(f"--objective {cfg.objective} finds no usable preference pair: of {len(pairs)}, chosen and rejected "
+                        f"differ in: {counts}; try another --rejected or --distort, or a --pair-temperature above 0")
+    if keep:
+        tqdm.write(f"of {len(pairs)} pairs chosen and rejected differ in: {counts}")
     return keep
 
 
 def read_pairs(folder):
-    """The Pairs of out/pairs."""
-    codes = read_tensors(folder / "codes.safetensors")
-    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-    pairs = [Pair(codes=c.numpy(), distorted=d.numpy(), **row)
-             for c, d, row in zip(codes["genuine"], codes["distorted"], rows)]
-    if "proposals" in codes:
-        with_masks = [p for p in pairs if p.structure]
-        for pair, proposals, scores in zip(with_masks, codes["proposals"], codes["scores"]):
-            pair.proposals, pair.scores = proposals.numpy(), scores.numpy()
+    """The Pairs of out/pairs. Raises UserError if they cannot be read."""
+    try:
+        codes = read_tensors(folder / "codes.safetensors")
+        rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+        pairs = [Pair(codes=c.numpy(), distorted=d.numpy(), **row)
+                 for c, d, row in zip(codes["genuine"], codes["distorted"], rows, strict=True)]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} cannot be read ({str(error)[:120]}); remove it, and `python dpo.py` builds it again")
+    with_masks = [p for p in pairs if p.structure]
+    for pair, proposals, scores in zip(with_masks, codes.get("proposals", ()), codes.get("scores", ())):
+        pair.proposals, pair.scores = proposals.numpy(), scores.numpy()
     return pairs
 
 
@@ -428,7 +425,7 @@ def write_pairs(cfg, pairs, recipe):
     save_file({k: torch.tensor(np.stack(v)) for k, v in tensors.items()}, new / "codes.safetensors")
     with open(new / "pairs.jsonl", "w", encoding="utf-8") as f:
         for p in pairs:
-            row = {k: getattr(p, k) for k in ("name", "kind", "structure", "entropy", "chosen", "reports")}
+            row = {k: getattr(p, k) for k in ("index", "name", "kind", "structure", "entropy", "chosen", "reports")}
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
     (new / "config.json").write_text(json.dumps(recipe, indent=2) + "\n")
     finish_stage(cfg, "pairs")
@@ -560,7 +557,8 @@ def pick_pairs(pairs, cfg, step):
     pool = np.arange(len(pairs))
     if cfg.curriculum:
         easy_first = np.argsort([p.entropy for p in pairs], kind="stable")
-        pool = np.array_split(easy_first, 3)[3 * step // cfg.steps]
+        thirds = np.array_split(easy_first, min(3, len(pairs)))
+        pool = thirds[len(thirds) * step // cfg.steps]
     return pool[batch_indices(len(pool), cfg.batch_size, step, cfg.seed)]
 
 
@@ -591,6 +589,8 @@ def check_flags(cfg):
         raise UserError(f"--q-min {cfg.q_min} and --q-max {cfg.q_max} must lie in this order above 0 and up to 1")
     if cfg.objective == "rndpo" and cfg.proposals < 2:
         raise UserError("--proposals 1 leaves nothing to compare: name 2 or more")
+    if cfg.name == "control" and cfg.objective != "sft":
+        raise UserError("--name control is what others are compared with: it goes with --objective sft; name another")
     if cfg.name in ("vqgan", "sft", "pairs", "judge", "eval", "..") or Path(cfg.name).name != cfg.name \
             or Path(cfg.name).suffix:
         raise UserError(f"--name {cfg.name} is taken by another stage or is no plain name; name another")
@@ -604,19 +604,20 @@ def train(cfg):
     model, vocab, vqgan = load_sft(cfg, device)
     data = open_data(cfg)
     pairs = load_or_build_pairs(cfg, data, vqgan, model, vocab, device, autocast)
-    keep_of = {k: torch.tensor(v, device=device).float() for k, v in take(pairs, cfg, lexicon(data["train"])).items()}
-    flipped = np.random.default_rng([cfg.seed, 12]).random(len(pairs)) < cfg.flip_pairs
-    sign_of = torch.tensor(np.where(flipped, -1.0, 1.0), device=device).float()
+    keep_all = {k: torch.tensor(v, device=device).float()
+                for k, v in choose_rejected(pairs, cfg, lexicon(data["train"])).items()}
     studies = encode_records([data["train"][int(i)] for i in spread(len(data["train"]), cfg.rehearsal_records)],
                              vqgan, cfg.channels, cfg.seed, device, autocast, "encoding rehearsal")
     studies = [s for s in studies if any(REHEARSAL[t] > 0 for t in s.tasks)]
     names = sequences_of(cfg.objective)
     # all that is needed of the reference: from here on the model is the policy
-    reference_of = reference_logps(model, pairs, names, vocab, cfg, device, autocast)
+    reference, sft_hash = reference_logps(model, pairs, names, vocab, cfg, device, autocast), weights_hash(model)
 
     policy = model
     optimizers = make_optimizers(policy, cfg.lr, cfg.muon_lr, weight_decay=0.0)
     folder, figures = begin_stage(cfg, name, [policy], optimizers)
+    if figures.get("sft", sft_hash) != sft_hash:
+        raise UserError(f"--resume: {folder} was started from another {cfg.out}/sft; leave out --resume")
     start = figures.get("step", 0)
     log = Log(f"{cfg.out}/{name}.jsonl", name, cfg.steps, start)
     for step in range(start, cfg.steps):
@@ -626,9 +627,9 @@ def train(cfg):
         with autocast():
             logps, sizes = score(policy, *pair_batch(pairs, indices, names, vocab, cfg.seed, device), names)
             rehearsal = response_loss(policy, *make_rehearsal(studies, cfg, vocab, step, device))
-        ratios = {k: v - reference_of[k][at] for k, v in logps.items()}
-        keep = {k: v[at] for k, v in keep_of.items()}
-        preference, terms, margins = objective_loss(ratios, sizes, sign_of[at], keep, cfg)
+        ratios = {k: v - reference[k][at] for k, v in logps.items()}
+        keep = {k: v[at] for k, v in keep_all.items()}
+        preference, terms, margins = objective_loss(ratios, sizes, keep, cfg)
         nll = -sum(logps[k].sum() for k in CHOSEN) / sum(sizes[k].sum() for k in CHOSEN)
         loss = preference + cfg.sft_weight * nll + cfg.rehearsal_weight * rehearsal
         for optimizer in optimizers:
@@ -646,9 +647,9 @@ def train(cfg):
                 lr=optimizers[1].param_groups[0]["lr"], **{k: v.detach() for k, v in logged.items()})
         log.bar.update()
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            save_state(folder, step + 1, [policy], optimizers, flags=run_flags(cfg))
+            save_state(folder, step + 1, [policy], optimizers, flags=run_flags(cfg), sft=sft_hash)
     log.close()
-    save_state(folder, cfg.steps, [policy], optimizers, flags=run_flags(cfg))
+    save_state(folder, cfg.steps, [policy], optimizers, flags=run_flags(cfg), sft=sft_hash)
     policy.save_pretrained(folder)
     vocab.save(folder)
     finish_stage(cfg, name)

@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -640,7 +641,9 @@ def release_memory():
 
 
 class Log:
-    """A tqdm bar on screen and one JSON line a logged step in a file: `log(step, loss=…)`."""
+    """A tqdm bar on screen and one JSON line a logged step in a file: `log(step, loss=…)`.
+
+    "seconds" counts from the loop's start, a resumed run's from where it was logged last."""
 
     def __init__(self, path, title, steps, start=0):
         """Lines of an earlier run from step `start` on are dropped, the rest kept."""
@@ -648,6 +651,7 @@ class Log:
         kept = [row for row in read_log(self.path) if row["step"] < start]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.calls = 0
+        self.began = time.time() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
         self.bar = tqdm(total=steps, initial=start, desc=title, unit="step", dynamic_ncols=True)
 
     def __call__(self, step, show=(), **metrics):
@@ -656,7 +660,7 @@ class Log:
         if not math.isfinite(metrics.get("loss", 0.0)):
             raise UserError(f"the loss is {metrics['loss']} at step {step}: training diverged; lower the learning rates")
         with self.path.open("a") as f:
-            f.write(json.dumps({"step": step, **metrics}) + "\n")
+            f.write(json.dumps({"step": step, **metrics, "seconds": round(time.time() - self.began, 1)}) + "\n")
         self.calls += 1
         if self.calls % 5 == 0:                  # every time would slow training by some per cent
             release_memory()

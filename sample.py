@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +33,10 @@ from tqdm import tqdm
 
 from data import (BODY_PHRASES, COMPANIONS, INSTRUCTIONS, MAX_TEXT, MODALITY_PHRASES, BadRow, Finding, Phantoms,
                   add_noise, check_data, encode_images, image_source, key, lexicon, match_findings, open_data,
-                  read_findings, read_image, read_term, stack, to_images, to_pixels)
+                  read_findings, read_image, read_term, stack, statement, to_images, to_pixels)
 from model import (RunConfig, UserError, arg, batch_indices, cli, generate, get_lr, init_run, load_folder,
                    load_weights, read_log, run, save_folder, set_lr, weights_hash, write_text)
-from dpo import read_pairs, statement
+from dpo import read_pairs
 from sft import dice, draw_masks, load_gpt, write_reports
 from vqgan import VQGAN, psnr
 
@@ -411,10 +412,14 @@ def evaluate_masks(model, vocab, vqgan, bench):
 
 
 def evaluate_model(name, model, vocab, vqgan, bench, autocast):
-    """Every metric of one model, as `ratios` gives them; kept in out/eval, so that only what is new is evaluated."""
+    """Every metric of one model, as `ratios` gives them; kept in out/eval, so that only what is new is evaluated:
+
+    another model, test set, judge or flag, or other code in sample.py or data.py."""
     cfg, path = bench.cfg, Path(bench.cfg.out) / "eval" / f"{name}.safetensors"
     flags = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("words", "model", "out", "device", "count")}
-    recipe = {"recipe": json.dumps({"model": weights_hash(model), "tokenizer": weights_hash(vqgan), **flags})}
+    code = b"".join(Path(__file__).with_name(f).read_bytes() for f in ("sample.py", "data.py"))
+    recipe = {"recipe": json.dumps({"models": [weights_hash(m) for m in (model, vqgan, *(bench.judge or ())[:1])],
+                                    "test": zlib.crc32(bench.codes.tobytes()), "code": zlib.crc32(code), **flags})}
     if path.exists():
         with safe_open(path, "np") as f:
             if f.metadata() == recipe:
@@ -449,9 +454,11 @@ def evaluate(cfg):
         if "control" in results and name not in ("sft", "control"):
             written[f"{name} minus control"] = {
                 k: summarize((v[0] - results["control"][k][0], v[1] - results["control"][k][1], v[2]))
-                for k, v in results[name].items() if len(v[1])}
+                for k, v in results[name].items() if len(v[1]) and k in results["control"]}
     write_text(Path(cfg.out) / "eval.json", json.dumps(written, indent=1) + "\n")
-    sheets = [contact_sheet(loaded, vqgan, bench, autocast), *pair_sheet(vqgan, bench)]
+    sheets = [contact_sheet(loaded, vqgan, bench, autocast)]
+    if "sft" in loaded and (Path(cfg.out) / "pairs").exists():
+        sheets += pair_sheet(loaded["sft"][0], vqgan, bench)
     below(sheets).save(Path(cfg.out) / "samples.png")
     curves(cfg.out).save(Path(cfg.out) / "curves.png")
     print_table(written, names, bench)
@@ -548,19 +555,19 @@ def contact_sheet(loaded, vqgan, bench, autocast, rows=6):
     return lay_out(images, texts, true, bench.phrases)
 
 
-def pair_sheet(vqgan, bench, rows=6):
-    """Preference pairs: genuine and distorted image, true report and what the SFT model wrote; [] without out/pairs.
+def pair_sheet(model, vqgan, bench, rows=6):
+    """Pairs of out/pairs: genuine and distorted image, true report and what the SFT model wrote; [] if of another one.
 
     Sentences that state a finding which the true report does not are red."""
     folder = Path(bench.cfg.out) / "pairs"
-    if not folder.exists():
+    if json.loads((folder / "config.json").read_text()).get("sft") != weights_hash(model):
         return []
     pairs = read_pairs(folder)[:rows]
     decode = lambda codes: vqgan.decode(torch.as_tensor(np.stack(codes), device=bench.pixels.device).long())
     images = {"genuine": decode([p.codes for p in pairs]), "distorted": decode([p.distorted for p in pairs])}
     shown = {"distorted": "the distorted image", "own": "the genuine image", "no-image": "no image", "no-question": "no question"}
     texts = {"chosen: true report": [p.chosen for p in pairs]} | {
-        f"rejected: SFT, shown {shown[w]}": [p.reports[w] for p in pairs] for w in pairs[0].reports}
+        f"SFT's report, shown {shown[w]}": [p.reports[w] for p in pairs] for w in pairs[0].reports}
     return [lay_out(images, texts, [{key(f) for f in read_findings(p.chosen, bench.phrases)} for p in pairs], bench.phrases)]
 
 

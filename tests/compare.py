@@ -12,9 +12,9 @@ two shells with OMP_NUM_THREADS=1. Only the programs' own functions do the work.
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +33,12 @@ SCALE = {"vqgan": [], "sft": ["--steps", "1300", "--val-every", "130"],
          "sample": ["--n", "1000", "--seed", "7"]}
 TABLE = {"control": "--objective sft", "dpo": "--objective dpo", "bidpo": "", "mdpo": "--objective mdpo",
          "mfpo": "--objective mfpo", "napo": "--objective napo", "rndpo": "--objective rndpo"}
-# the claims of the papers, one variant each beside the recipes above
-CLAIMS = {"mfpo-together": "--objective mfpo --no-curriculum",
+# What the papers claim, one variant each. On these pairs mdpo is mfpo without its curriculum.
+CLAIMS = {"dpo-own": "--objective dpo --rejected own", "bidpo-strict": "--conditional-weight 0 --anchor-weight 0",
           **{f"{o}-flip{p}": f"--objective {o} --flip-pairs 0.{p}" for p in (10, 20, 30) for o in ("dpo", "napo")},
           **{f"{name}-judge{p}": f"--objective rndpo {flags} --judge-noise 0.{p}" for p in (0, 2, 4)
-             for name, flags in (("rndpo", ""), ("mask-dpo", "--no-normalise --beta 0.1"), ("rndpo-random", "--mining random"))},
+             for name, flags in (("rndpo", ""), ("rndpo-random", "--mining random"),
+                                 ("mask-dpo", "--no-normalise --beta 0.1")) if name != "rndpo" or p},
           **{f"mfpo-{k}": f"--objective mfpo --distort {k}" for k in ("region-noise", "crop", "noise")}}
 RECIPES = TABLE | CLAIMS
 ROWS = {"report/greedy/companion": "companion hallucination ↓, greedy", "report/t1.0/companion": "the same, T = 1 ↓",
@@ -50,7 +51,7 @@ ROWS = {"report/greedy/companion": "companion hallucination ↓, greedy", "repor
         "segment/dice": "Dice, all structures", "segment/dice_large": "Dice, large structures",
         "generate/cfg1/f1": "text→image F1, no guidance", "generate/cfg1.5/f1": "text→image F1, guidance 1.5",
         "generate/cfg1.5/frechet": "Fréchet distance ↓", "drift/text_chosen": "drift of log π(report), nats",
-        "drift/image_chosen": "drift of log π(image), nats", "seconds": "seconds of training"}
+        "drift/image_chosen": "drift of log π(image), nats", "seconds": "seconds of the training loop"}
 CURVE = {f"report/{d}/{m}": None for d in ("t0.5",) for m in ("companion", "chair_i", "recall")}
 
 
@@ -65,26 +66,24 @@ def run_unit(out, shared, bias, seed, recipes, preset):
         borrow(out / "vqgan", shared / "vqgan")
     if not (out / "sft").exists():
         sft.main([*flags, *data, *scale["sft"], "--resume"])
-    times = json.loads((out / "seconds.json").read_text()) if (out / "seconds.json").exists() else {}
     for name in recipes:
         if not (out / name).exists():
-            started = time.time()
             dpo.main([*flags, *data, *scale["dpo"], *RECIPES[name].split(), "--name", name, "--resume"])
-            times[name] = round(time.time() - started)       # of its last start, if it was stopped
-            write_text(out / "seconds.json", json.dumps(times))
     borrow(shared / "judge", out / "judge")
     sample.main([*flags, "--bias", str(bias), *scale["sample"]])
     borrow(out / "judge", shared / "judge")
-    return collect(out, times)
+    return collect(out)
 
 
 def borrow(source, target):
     """Copy a folder that units share, unless it is there or there is none."""
     if source.exists() and not target.exists():
-        shutil.copytree(source, target)
+        new = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        shutil.copytree(source, new)
+        os.replace(new, target)
 
 
-def collect(out, times):
+def collect(out):
     """{model: {metric: [value, low, high of the difference to the control]}} of a unit, only what the tables show."""
     written, results = json.loads((out / "eval.json").read_text()), {}
     for name in [n for n in written if n != "vqgan" and not n.endswith(" minus control")]:
@@ -92,11 +91,9 @@ def collect(out, times):
         results[name] = {k: [written[name][k]["value"], *(difference.get(k, {}).get(e) for e in ("value", "low", "high"))]
                          for k in (*ROWS, *CURVE) if k in written[name]}
         rows = read_log(out / f"{name}.jsonl")[-5:]
-        for k in ("drift/text_chosen", "drift/image_chosen"):
-            if rows and k in rows[-1]:
-                results[name][k] = [round(float(np.mean([r[k] for r in rows])), 3), None, None, None]
-        if name in times:
-            results[name]["seconds"] = [times[name], None, None, None]
+        if name != "sft":                          # drift: over the last log lines, as one batch is noisy
+            drift = {k: round(float(np.mean([r[k] for r in rows])), 3) for k in rows[-1] if k.startswith("drift/")}
+            results[name] |= {k: [v, None, None, None] for k, v in (drift | {"seconds": rows[-1]["seconds"]}).items()}
     return results
 
 
@@ -149,7 +146,8 @@ def picture(found, names):
         for metric in ("companion", "chair_i"):
             series = {}
             for name in [n for n in ("sft", *names) if all(n in u for u in seeds.values())]:
-                points = [[np.mean([u[name].get(f"report/{d}/{m}", [None])[0] or math.nan for u in seeds.values()])
+                known = lambda v: math.nan if v is None else v
+                points = [[np.mean([known(u[name][f"report/{d}/{m}"][0]) for u in seeds.values()])
                            for m in ("recall", metric)] for d in ("greedy", "t0.5", "t1.0")]
                 if np.isfinite(points).all():
                     series[name] = [tuple(map(float, p)) for p in points]

@@ -703,12 +703,17 @@ def test_region_noise_asks_for_a_region_where_no_finding_has_a_mask():
 
 
 def test_other_is_never_the_record_itself_and_any_other_record():
-    records = [replace(OTHER, image=np.full((64, 64), i, np.uint8)) for i in range(4)]
+    records = [replace(OTHER, image=np.full((64, 64), i, np.uint8), text=f"No. {i}") for i in range(4)]
     assert {int(distort(records, 2, "other", 1, rng(s))[0][0, 0]) for s in range(40)} == {0, 1, 3}
 
 
-def test_a_lone_record_has_no_other():
+def test_a_lone_record_has_no_other_nor_one_among_its_like():
+    """Another image of which the same is stated contradicts nothing."""
     assert distort([OTHER], 0, "other", 1, rng()) == (None, "other")
+    assert distort([GRAY, replace(GRAY, text="In other words.")], 0, "other", 1, rng()) == (None, "other")
+    unknown = replace(OTHER, findings=None)
+    assert distort([unknown, unknown], 0, "other", 1, rng()) == (None, "other")
+    assert distort([unknown, replace(unknown, text="Else.")], 0, "other", 1, rng())[0] is not None
 
 
 @pytest.mark.parametrize("kind", DISTORTIONS)

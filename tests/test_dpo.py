@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import dpo
-from data import PHRASES, Finding, Phantoms, Record, Vocabulary, stack, to_pixels
+from data import PHRASES, Finding, Phantoms, Record, Vocabulary, stack, statement, to_pixels
 from model import GPT, GPTConfig, UserError, cli, read_tensors, sequence_logps
 
 VOCAB = Vocabulary.train(["Enlarged heart. No effusion. Normal."] * 3, codebook_size=8, text_size=300)
@@ -24,9 +24,9 @@ OBJECTIVES = [name for name in dpo.OBJECTIVES if name != "sft"]
 def make_pairs():
     scores = np.array([[0.9, 0.5, 0.1], [0.2, 0.3, 0.8]], np.float32)
     masks = np.array([[1, 1, 1, 1], [1, 1, 2, 2], [5, 1, 1, 6]])
-    return [dpo.Pair("a", "remove", np.array([1, 2, 3, 4]), np.array([1, 2, 7, 4]), "Enlarged heart.", dict(REPORTS), 0.5,
+    return [dpo.Pair(0, "a", "remove", np.array([1, 2, 3, 4]), np.array([1, 2, 7, 4]), "Enlarged heart.", dict(REPORTS), 0.5,
                      "heart", masks, scores),
-            dpo.Pair("b", "add", np.array([0, 0, 3, 4]), np.array([5, 2, 7, 4]), "Normal.", dict(REPORTS))]
+            dpo.Pair(1, "b", "add", np.array([0, 0, 3, 4]), np.array([5, 2, 7, 4]), "Normal.", dict(REPORTS))]
 
 
 def config(objective, *flags):
@@ -44,7 +44,7 @@ def model():
 
 
 def scored(objective, B=3, seed=None):
-    """Log-ratios (0, or random), token counts, signs and keeps of an objective's sequences."""
+    """Log-ratios (0, or random), token counts and keeps of an objective's sequences."""
     torch.manual_seed(seed or 0)
     names = [*dpo.sequences_of(objective)]
     names += [f"{n}/Ω" for n in names if n.startswith(("image", "mask"))]
@@ -54,7 +54,7 @@ def scored(objective, B=3, seed=None):
         if f"{chosen}/Ω" in sizes:
             sizes[f"{rejected}/Ω"] = sizes[f"{chosen}/Ω"]
     keep = {n: torch.ones(B) for n in dpo.OBJECTIVES[objective][1]}
-    return {k: v.requires_grad_() for k, v in ratios.items()}, sizes, torch.ones(B), keep
+    return {k: v.requires_grad_() for k, v in ratios.items()}, sizes, keep
 
 
 LOG2 = math.log(2)
@@ -67,7 +67,7 @@ def test_loss_at_step_0(objective):
     """Policy == reference: log 2 a preference; NaPO's q is 2·(1 − ½) = 1 there, so (1 − 2^−1)/1 a term."""
     loss, _, margins = dpo.objective_loss(*scored(objective), config(objective))
     assert loss.item() == pytest.approx(STEP_0[objective], rel=1e-5)
-    assert all((m == 0).all() for m in margins.values())
+    assert all((m == 0).all() for name, m in margins.items() if not name.endswith("/q"))
 
 
 def plain_loss(objective, r, n, cfg):
@@ -96,12 +96,12 @@ def plain_loss(objective, r, n, cfg):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_value_and_gradient_are_those_of_the_plain_formula(objective):
     cfg = config(objective)
-    ratios, sizes, sign, keep = scored(objective, B=5, seed=1)
+    ratios, sizes, keep = scored(objective, B=5, seed=1)
     if objective == "rndpo":
         del ratios["text_chosen"]
     else:
         ratios = {k: v for k, v in ratios.items() if "/Ω" not in k}
-    loss, _, _ = dpo.objective_loss({"text_chosen": torch.zeros(5), **ratios}, sizes, sign, keep, cfg)
+    loss, _, _ = dpo.objective_loss({"text_chosen": torch.zeros(5), **ratios}, sizes, keep, cfg)
     expected = plain_loss(objective, {"text_chosen": torch.zeros(5), "text_rejected": torch.zeros(5), **ratios}, sizes, cfg)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     used = list(ratios.values())
@@ -132,11 +132,20 @@ def test_box_cox_runs_from_dpo_to_mae():
 
 def test_q_rises_where_margins_are_near_zero_and_carries_no_gradient():
     cfg = config("napo", "--napo-alpha", "2", "--q-max", "0.8")
-    mean = torch.tensor([0.1, 0.5], requires_grad=True)
+    mean = torch.tensor(0.3, requires_grad=True)
     assert dpo.noise_q(mean, cfg).item() == pytest.approx(2 * (1 - 1 / (1 + math.exp(-2 * 0.3))))
-    assert dpo.noise_q(torch.tensor([-1.0]), cfg).item() == pytest.approx(0.8)
-    assert dpo.noise_q(torch.tensor([50.0]), cfg).item() == pytest.approx(0.001)
+    assert dpo.noise_q(torch.tensor(-1.0), cfg).item() == pytest.approx(0.8)
+    assert dpo.noise_q(torch.tensor(50.0), cfg).item() == pytest.approx(0.001)
     assert not dpo.noise_q(mean, cfg).requires_grad
+
+
+def test_q_looks_at_the_pairs_that_count_only():
+    ratios, sizes, keep = scored("napo", B=2)
+    ratios["text_language"] = torch.tensor([0.0, -16.0])
+    sizes["text_language"] = torch.tensor([2, 2])
+    keep["language"] = torch.tensor([0.0, 1.0])
+    q = dpo.make_margins(ratios, sizes, keep, config("napo"))["language/q"].item()
+    assert q == pytest.approx(max(0.001, 2 * (1 - 1 / (1 + math.exp(-8)))))
 
 
 def test_each_term_has_its_own_margin_and_weight():
@@ -145,7 +154,7 @@ def test_each_term_has_its_own_margin_and_weight():
     ratios = {k: torch.tensor([v]) for k, v in dict(text_chosen=1.0, text_rejected=0.0, image_chosen=2.0, image_rejected=0.0,
                                                     text_distorted=-2.0).items()}
     keep = {k: torch.ones(1) for k in ("text", "image", "conditional")}
-    loss, _, _ = dpo.objective_loss(ratios, dict.fromkeys(ratios, torch.tensor([1])), torch.ones(1), keep, cfg)
+    loss, _, _ = dpo.objective_loss(ratios, dict.fromkeys(ratios, torch.tensor([1])), keep, cfg)
     softplus = lambda z: math.log(1 + math.exp(z))
     assert loss.item() == pytest.approx(softplus(-1) + 10 * softplus(-2) + 100 * softplus(-3), rel=1e-5)
 
@@ -154,20 +163,11 @@ def test_pairs_that_do_not_count_are_left_out_of_the_mean():
     values = torch.tensor([1.0, 100.0, 3.0])
     assert dpo.masked_mean(values, torch.tensor([1.0, 0.0, 1.0])) == 2.0
     assert dpo.masked_mean(values, torch.zeros(3)) == 0.0
-    ratios, sizes, sign, keep = scored("dpo", B=2, seed=1)
-    keep["text"] = torch.tensor([0.0, 1.0])
-    alone = {k: v[1:] for k, v in ratios.items()}
-    both, _, _ = dpo.objective_loss(ratios, sizes, sign, keep, config("dpo"))
-    one, _, _ = dpo.objective_loss(alone, {k: v[1:] for k, v in sizes.items()}, sign[1:], {"text": torch.ones(1)}, config("dpo"))
-    torch.testing.assert_close(both, one)
-
-
-def test_a_flipped_pair_prefers_what_was_rejected():
-    ratios, sizes, _, keep = scored("dpo", B=1, seed=1)
-    swapped = {"text_chosen": ratios["text_rejected"], "text_rejected": ratios["text_chosen"],
-               "image_chosen": ratios["image_chosen"]}
-    flipped, _, _ = dpo.objective_loss(ratios, sizes, torch.tensor([-1.0]), keep, config("dpo"))
-    torch.testing.assert_close(flipped, dpo.objective_loss(swapped, sizes, torch.ones(1), keep, config("dpo"))[0])
+    cfg = config("dpo")
+    ratios, sizes, keep = scored("dpo", B=2, seed=1)
+    last = lambda values: {k: v[1:] for k, v in values.items()}
+    both, _, _ = dpo.objective_loss(ratios, sizes, {"text": torch.tensor([0.0, 1.0])}, cfg)
+    torch.testing.assert_close(both, dpo.objective_loss(last(ratios), last(sizes), last(keep), cfg)[0])
 
 
 def test_objective_defaults_come_between_preset_and_flags():
@@ -183,7 +183,7 @@ def test_score_sums_responses_and_the_codes_that_differ(model):
     """By hand from the logits: pair a's images differ in the third of four codes."""
     names = dpo.sequences_of("rndpo")
     pairs = make_pairs()
-    dpo.take(pairs, config("rndpo"), PHRASES)
+    dpo.choose_rejected(pairs, config("rndpo"), PHRASES)
     ids, labels = dpo.pair_batch(pairs, [0, 1], names, VOCAB, 0, "cpu")
     sums, sizes = dpo.score(model, ids, labels, names)
     for name in names:
@@ -199,11 +199,11 @@ def test_score_sums_responses_and_the_codes_that_differ(model):
 
 
 def test_the_normalised_margin_by_hand():
-    ratios, sizes, sign, _ = scored("rndpo", B=1, seed=2)
+    ratios, sizes, keep = scored("rndpo", B=1, seed=2)
     sizes["mask_chosen/Ω"] = torch.tensor([4])
-    m = dpo.make_margins(ratios, sizes, sign, config("rndpo", "--beta", "3"))
+    m = dpo.make_margins(ratios, sizes, keep, config("rndpo", "--beta", "3"))
     torch.testing.assert_close(m["mask"], 3 * (ratios["mask_chosen/Ω"] - ratios["mask_rejected/Ω"]) / 4)
-    m = dpo.make_margins(ratios, sizes, sign, config("rndpo", "--beta", "3", "--no-normalise"))
+    m = dpo.make_margins(ratios, sizes, keep, config("rndpo", "--beta", "3", "--no-normalise"))
     torch.testing.assert_close(m["mask"], 3 * (ratios["mask_chosen"] - ratios["mask_rejected"]))
 
 
@@ -232,7 +232,7 @@ def test_what_each_sequence_holds():
 def test_every_objective_trains_on_the_controls_chosen_sequences(objective):
     assert dpo.sequences_of(objective)[:2] == dpo.CHOSEN == dpo.sequences_of("sft")
     pairs = make_pairs()
-    dpo.take(pairs, config(objective), PHRASES)
+    dpo.choose_rejected(pairs, config(objective), PHRASES)
     names = dpo.sequences_of(objective)
     whole, _ = dpo.pair_batch(pairs, [0, 1], names, VOCAB, 0, "cpu")
     control, _ = dpo.pair_batch(pairs, [0, 1], dpo.CHOSEN, VOCAB, 0, "cpu")
@@ -242,7 +242,7 @@ def test_every_objective_trains_on_the_controls_chosen_sequences(objective):
 def test_log_ratios_are_zero_at_step_0(model):
     """The reference's numbers, made before the loop in order, are the policy's in any batch."""
     cfg, names, pairs = config("bidpo"), dpo.sequences_of("bidpo"), make_pairs()
-    dpo.take(pairs, cfg, PHRASES)
+    dpo.choose_rejected(pairs, cfg, PHRASES)
     reference = dpo.reference_logps(model, pairs, names, VOCAB, cfg, "cpu", torch.no_grad)
     logps, _ = dpo.score(model, *dpo.pair_batch(pairs, [1, 0], names, VOCAB, cfg.seed, "cpu"), names)
     for k, v in logps.items():
@@ -252,14 +252,14 @@ def test_log_ratios_are_zero_at_step_0(model):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_margins_grow_on_one_batch_in_every_comparison(model, objective):
     cfg, names, pairs = config(objective), dpo.sequences_of(objective), make_pairs()
-    keep = {k: torch.tensor(v).float() for k, v in dpo.take(pairs, cfg, PHRASES).items()}
+    keep = {k: torch.tensor(v).float() for k, v in dpo.choose_rejected(pairs, cfg, PHRASES).items()}
     reference = dpo.reference_logps(model, pairs, names, VOCAB, cfg, "cpu", torch.no_grad)
     batch = dpo.pair_batch(pairs, [0, 1], names, VOCAB, cfg.seed, "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(30):
         logps, sizes = dpo.score(model, *batch, names)
         ratios = {k: v - reference[k] for k, v in logps.items()}
-        loss, _, margins = dpo.objective_loss(ratios, sizes, torch.ones(2), keep, cfg)
+        loss, _, margins = dpo.objective_loss(ratios, sizes, keep, cfg)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -337,11 +337,11 @@ def test_n_bounds_the_pairs_and_records_are_used_once():
 
 
 def test_a_statement_is_about_findings_not_about_words():
-    assert dpo.statement("Left effusion. No nodule.", PHRASES) == dpo.statement("THERE IS A LEFT EFFUSION.", PHRASES)
-    assert dpo.statement("Left effusion.", PHRASES) != dpo.statement("Right effusion.", PHRASES)
+    assert statement("Left effusion. No nodule.", PHRASES) == statement("THERE IS A LEFT EFFUSION.", PHRASES)
+    assert statement("Left effusion.", PHRASES) != statement("Right effusion.", PHRASES)
     # nothing known of findings: modality and body part; nothing of these either: the words
-    assert dpo.statement("A chest CT.", {}) == dpo.statement("CT of the chest", {}) != dpo.statement("MRI of the chest", {})
-    assert dpo.statement("One.", {}) != dpo.statement("Two.", {})
+    assert statement("A chest CT.", {}) == statement("CT of the chest", {}) != statement("MRI of the chest", {})
+    assert statement("One.", {}) != statement("Two.", {})
 
 
 def test_which_reports_count_as_rejected():
@@ -349,39 +349,74 @@ def test_which_reports_count_as_rejected():
     for flags, counts in (([], [True, False]), (["--rejected", "own"], [True, True]),
                           (["--rejected", "distorted", "own"], [True, True])):
         pairs = make_pairs()
-        assert dpo.take(pairs, config("dpo", *flags), PHRASES)["text"].tolist() == counts
+        assert dpo.choose_rejected(pairs, config("dpo", *flags), PHRASES)["text"].tolist() == counts
     assert [p.rejected for p in pairs] == ["Normal.", "Enlarged heart. Left effusion."]       # evenly mixed
-    keep = dpo.take(make_pairs(), config("napo"), PHRASES)
+    keep = dpo.choose_rejected(make_pairs(), config("napo"), PHRASES)
     assert keep["language"].tolist() == [True, False] and keep["vision"].tolist() == [True, True]
 
 
 def test_masks_without_difference_are_dropped_and_none_left_is_refused():
     pairs = make_pairs()
-    assert dpo.take(pairs, config("rndpo"), PHRASES)["mask"].tolist() == [True, False]
+    assert dpo.choose_rejected(pairs, config("rndpo"), PHRASES)["mask"].tolist() == [True, False]
     pairs[0].proposals[:] = 1
-    keep = dpo.take(pairs, config("rndpo"), PHRASES)
-    assert not keep["mask"].any() and keep["image"].all()
+    with pytest.raises(UserError, match="of 2, chosen and rejected differ in: mask 0, image 2"):
+        dpo.choose_rejected(pairs, config("rndpo"), PHRASES)
     for p in pairs:
         p.chosen = p.reports["distorted"] = "Normal."
-    with pytest.raises(UserError, match=r"no usable preference pair among 2 for --objective dpo \(text 0\)"):
-        dpo.take(pairs, config("dpo"), PHRASES)
+    with pytest.raises(UserError, match="--objective dpo finds no usable preference pair: of 2, .* differ in: text 0"):
+        dpo.choose_rejected(pairs, config("dpo"), PHRASES)
+
+
+def test_a_flipped_pair_has_chosen_and_rejected_swapped():
+    plain, flipped, half = make_pairs(), make_pairs(), [p for _ in range(500) for p in make_pairs()]
+    for pairs, share in ((plain, "0"), (flipped, "1"), (half, "0.3")):
+        dpo.choose_rejected(pairs, config("rndpo", "--flip-pairs", share), PHRASES)
+    for one, two in zip(plain, flipped):
+        assert (one.chosen, one.rejected) == (two.rejected, two.chosen)
+        assert all((a == b).all() for a, b in zip(one.masks, two.masks[::-1]))
+    assert np.mean([p.chosen == "Normal." for p in half[::2]]) == pytest.approx(0.3, abs=0.05)
 
 
 def test_the_judge_ranks_and_errs():
     rng, scores = np.random.default_rng(0), np.array([0.1, 0.9, 0.5, 0.3])
     assert dpo.mine(scores, "top-bottom", 0.0, rng) == (1, 0)
     assert dpo.mine(scores, "top-bottom", 1.0, rng) == (0, 1)
-    random = [dpo.mine(scores, "random", 0.0, rng) for _ in range(50)]
+    random = [dpo.mine(scores, "random", 0.0, rng) for _ in range(80)]
     assert all(scores[a] > scores[b] for a, b in random) and len(set(random)) == 6
     # one comparison is wrong as often as the judge is; the whole ranking less often
     share = lambda mining: np.mean([scores[a] < scores[b] for a, b in (dpo.mine(scores, mining, 0.3, rng) for _ in range(2000))])
     assert share("random") == pytest.approx(0.3, abs=0.04) and share("top-bottom") < 0.22
 
 
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_a_judge_without_opinion_draws_lots(k):
+    """Equal scores favour no proposal, and no pair is lost to a cycle of a noisy judge's comparisons."""
+    rng = np.random.default_rng(0)
+    drawn = [dpo.mine(np.full(k, 0.5), "top-bottom", noise, rng) for noise in (0.0, 0.4) for _ in range(1000)]
+    assert all(a != b for a, b in drawn)
+    assert np.bincount([a for a, _ in drawn]) / len(drawn) == pytest.approx(np.full(k, 1 / k), abs=0.05)
+
+
+def test_proposals_are_scored_by_each_other_and_by_the_truth(monkeypatch):
+    """Two of three drawn masks are the same and wrong, one is the truth: agreement and truth rank them differently."""
+    truth, wrong = np.zeros((8, 8), bool), np.zeros((8, 8), bool)
+    truth[:4], wrong[4:] = True, True
+    records = [replace(Phantoms("train", 1)[0], masks={}), replace(Phantoms("train", 1)[0], masks={"heart": truth})]
+    drawn, codes = np.stack([wrong, truth, wrong]), np.arange(12).reshape(3, 4)
+    monkeypatch.setattr(dpo, "draw_masks", lambda *a: (drawn, codes))
+    pairs = make_pairs()
+    for p in pairs:
+        p.structure, p.proposals = "", None
+    dpo.add_proposals(pairs, records, None, VOCAB, None, config("rndpo"))
+    assert pairs[0].structure == "" and pairs[0].proposals is None and pairs[1].structure == "heart"
+    np.testing.assert_allclose(pairs[1].scores, [[0.5, 0, 0.5], [0, 1, 0]])
+    assert np.array_equal(pairs[1].proposals, codes)
+
+
 def test_agreement_and_truth_may_name_different_masks():
     for judge, best, worst in (("agreement", 0, 2), ("truth", 2, 0)):
         pairs = make_pairs()
-        dpo.take(pairs, config("rndpo", "--judge", judge), PHRASES)
+        dpo.choose_rejected(pairs, config("rndpo", "--judge", judge), PHRASES)
         assert pairs[0].masks[0].tolist() == pairs[0].proposals[best].tolist()
         assert pairs[0].masks[1].tolist() == pairs[0].proposals[worst].tolist()
 
@@ -488,6 +523,31 @@ def test_pairs_are_built_once_for_one_recipe(trained):
     assert (codes["genuine"] != codes["distorted"]).any(1).all()
 
 
+def test_another_recipe_builds_other_pairs(trained, tmp_path):
+    flags = copy_stages(trained, tmp_path / "out", "vqgan", "sft", "pairs")
+    kinds = lambda: {json.loads(line)["kind"] for line in (tmp_path / "out/pairs/pairs.jsonl").read_text().splitlines()}
+    assert "noise" not in kinds()
+    dpo.main([*flags, "--steps", "1", "--objective", "dpo", "--distort", "noise"])
+    assert kinds() == {"noise"}
+
+
+def test_pairs_that_cannot_be_read_are_named(trained, tmp_path):
+    flags = copy_stages(trained, tmp_path / "out", "vqgan", "sft", "pairs")
+    (tmp_path / "out/pairs/pairs.jsonl").write_text('{"name": "x"}\n')
+    with pytest.raises(UserError, match="pairs cannot be read"):
+        dpo.main(flags)
+
+
+def test_resume_knows_the_model_it_started_from(trained, tmp_path):
+    flags = copy_stages(trained, tmp_path / "out", "vqgan", "sft", "pairs", "dpo")
+    model = GPT.from_pretrained(tmp_path / "out/sft")
+    with torch.no_grad():
+        model.model.norm.weight.add_(0.1)
+    model.save_pretrained(tmp_path / "out/sft")
+    with pytest.raises(UserError, match="was started from another .*sft"):
+        dpo.main([*flags, "--resume"])
+
+
 def test_stopped_and_resumed_equals_never_stopped(trained, tmp_path, monkeypatch):
     whole, halved = (copy_stages(trained, tmp_path / n, "vqgan", "sft", "pairs") for n in ("whole", "halved"))
     steps = ["--steps", "8", "--save-every", "4"]
@@ -514,6 +574,7 @@ def test_stopped_and_resumed_equals_never_stopped(trained, tmp_path, monkeypatch
     (["--objective", "napo", "--q-min", "0"], "--q-min 0.0 and --q-max 1.0 must lie"),
     (["--objective", "rndpo", "--proposals", "1"], "leaves nothing to compare"),
     (["--name", "sft"], "is taken"),
+    (["--name", "control"], "goes with --objective sft"),
     (["--name", "../up"], "no plain name"),
     (["--bias", "0.5"], "was trained on phantoms --bias 0.9"),
 ])

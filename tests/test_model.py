@@ -481,9 +481,18 @@ def log_steps(path, steps, start=0):
 
 def test_log_drops_lines_from_the_resumed_step_on(tmp_path):
     path = tmp_path / "log.jsonl"
-    assert log_steps(path, range(5)) == [{"step": s, "loss": round(s / 3, 6)} for s in range(5)]
+    rows = log_steps(path, range(5))
+    assert [(row["step"], row["loss"]) for row in rows] == [(s, round(s / 3, 6)) for s in range(5)]
     assert [line["step"] for line in log_steps(path, [3, 7], start=3)] == [0, 1, 2, 3, 7]
     assert [line["step"] for line in log_steps(path, [0])] == [0]               # a new run, a new log
+
+
+def test_seconds_go_on_from_where_they_were_logged_last(tmp_path, monkeypatch):
+    clock = iter((100.0, 103.0, 500.0, 502.5))
+    monkeypatch.setattr("model.time.time", lambda: next(clock))
+    log_steps(tmp_path / "log.jsonl", [0])
+    rows = log_steps(tmp_path / "log.jsonl", [1], start=1)
+    assert [row["seconds"] for row in rows] == [3.0, 5.5]
 
 
 def test_resuming_with_fewer_steps_than_are_done_is_refused(tmp_path):

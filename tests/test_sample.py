@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 
 import sample
-from data import Finding, Phantoms, Record, Vocabulary, phantom_spec
+from data import PHRASES, Finding, Phantoms, Record, Vocabulary, phantom_spec
 from model import GPT, UserError
 from vqgan import VQGAN
 
@@ -127,8 +129,30 @@ def test_evaluation_has_every_model_and_metric(evaluated, trained):
 
 
 def test_evaluation_is_repeatable(evaluated, trained):
+    shutil.rmtree(trained / "eval")
     sample.main(["--preset", "tiny", "--out", str(trained)])
     assert json.loads((trained / "eval.json").read_text()) == evaluated
+
+
+def test_only_what_is_new_is_evaluated(evaluated, trained, monkeypatch):
+    """The same command measures nothing again and says the same; another flag measures all."""
+    measured, write = [], sample.evaluate_answers
+    monkeypatch.setattr(sample, "evaluate_answers", lambda *a: measured.append(1) or write(*a))
+    sample.main(["--preset", "tiny", "--out", str(trained)])
+    assert not measured and json.loads((trained / "eval.json").read_text()) == evaluated
+    sample.main(["--preset", "tiny", "--out", str(trained), "--n", "6"])
+    assert len(measured) == 3
+    sample.main(["--preset", "tiny", "--out", str(trained)])
+
+
+def test_the_sheet_of_pairs_shows_those_of_this_sft_model(trained):
+    model, vqgan = GPT.from_pretrained(trained / "sft"), VQGAN.from_pretrained(trained / "vqgan")
+    bench = SimpleNamespace(cfg=sample.SampleConfig(out=str(trained)), pixels=torch.zeros(1), phrases=PHRASES)
+    sheet, = sample.pair_sheet(model, vqgan, bench)
+    assert sheet.size == (2 * 128 + 8 + 2 * 270, 24 + 6 * 136)            # two images, the true and the rejected report
+    with torch.no_grad():
+        model.model.norm.weight.add_(0.1)
+    assert sample.pair_sheet(model, vqgan, bench) == []
 
 
 def command(*words, code=0):
