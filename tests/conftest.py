@@ -1,15 +1,30 @@
-"""What the tests share: the repository root on sys.path, one thread, one tiny model."""
+"""What the tests share: the repository root on sys.path, one thread, toy image tokenizers, one tiny model."""
 
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)
 
 from model import GPT, GPTConfig  # noqa: E402
+
+
+class Means:
+    """A tokenizer of images: the mean of each 8x8 patch in 33 steps."""
+
+    def encode(self, x):
+        return ((F.avg_pool2d(x.mean(1, keepdim=True), 8).flatten(1) + 1) * 16).round().long()
+
+
+class Blind:
+    """A tokenizer that gives every image the same codes."""
+
+    def encode(self, x):
+        return torch.zeros(len(x), 4, dtype=torch.long)
 
 
 @pytest.fixture

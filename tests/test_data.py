@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 import data
+from conftest import Means
 from data import (BODY_PHRASES, COMPANIONS, DISTORTIONS, INSTRUCTIONS, MASKS_EACH, MAX_TEXT, MODALITIES,
                   MODALITY_PHRASES, PHRASES, PIXEL_DISTORTIONS, Finding, Phantoms, Record, Spec, Study, Vocabulary,
                   add_noise, ask_phantom, collate, distort, draw, encode_records, erase, flip, image_stack,
@@ -534,20 +535,6 @@ def test_labels_decode_to_exactly_the_response_and_eos(vocab):
 
 
 # Stand-ins for the image tokenizer and the SFT model
-
-
-class Means:
-    """A tokenizer of images: the mean of each 8x8 patch in 33 steps."""
-
-    def encode(self, x):
-        return ((F.avg_pool2d(x.mean(1, keepdim=True), 8).flatten(1) + 1) * 16).round().long()
-
-
-class Blind:
-    """A tokenizer that gives every image the same codes."""
-
-    def encode(self, x):
-        return torch.zeros(len(x), 4, dtype=torch.long)
 
 
 def test_encode_records_pairs_masks_with_their_own_codes():

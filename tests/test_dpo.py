@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import dpo
+from conftest import Blind, Means
 from data import PHRASES, Finding, Phantoms, Record, Vocabulary, stack, statement, to_pixels
 from model import GPT, GPTConfig, UserError, cli, read_tensors, sequence_logps
 
@@ -269,20 +270,6 @@ def test_margins_grow_on_one_batch_in_every_comparison(model, objective):
 
 
 # Pairs
-
-
-class Means:
-    """A tokenizer of images: the mean of each 8x8 patch in 33 steps."""
-
-    def encode(self, x):
-        return ((F.avg_pool2d(x.mean(1, keepdim=True), 8).flatten(1) + 1) * 16).round().long()
-
-
-class Blind:
-    """A tokenizer that gives every image the same codes."""
-
-    def encode(self, x):
-        return torch.zeros(len(x), 4, dtype=torch.long)
 
 
 def pairs_of(records, n=12, kinds=("noise", "mirror", "add"), seed=0, vqgan=None):
