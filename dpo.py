@@ -11,7 +11,8 @@ what the SFT model writes when shown m'. With the reward r(y|x) = β·(log π_θ
     image         −log σ(r(m|y_w) − r(m'|y_w))    draw the genuine image, not the distorted one
     conditional   −log σ(r(y_w|m) − r(y_w|m'))    the report belongs to its own image (CoPO, arXiv:2406.11839)
     anchor        −log σ(r(chosen) − δ)           what is chosen must not become less likely (AncPO, ibid.)
-    language      (1 − σ(r(y_w|m) − r(y_l|m))^q)/q      y_l written without the image (NaPO, arXiv:2503.17928)
+    language      (1 − σ(r(y_w|m) − r(y_l|m))^q)/q      y_l written with the image's content gone (NaPO,
+                                                          arXiv:2503.17928)
     vision        the same                              y_l written without the question
     mask          −log σ(r(mask|m) − r(other mask|m))   two masks the SFT model drew, ranked by a judge
 
@@ -253,11 +254,17 @@ class Pair:
     masks: tuple = ()            # chosen and rejected codes
 
 
-# writer: its prompt. Without the image it can only follow the habits of language, without the question only
-# what it likes to say of images (NaPO's two biases)
+def shuffled(pair):
+    """The genuine image's codes in random order: its gray values and nothing of its findings."""
+    return np.random.default_rng(pair.index).permutation(pair.codes)
+
+
+# Writer: its prompt. Without the image the model can only follow the habits of language, without the question only
+# what it likes to say of images (NaPO's two biases). "No image" is one that shows nothing: a model that has never
+# met a prompt without any image answers it with scrambled words, which teach nothing.
 WRITERS = {"distorted": lambda p, vocab, asked: vocab.understand(p.distorted, asked),
            "own": lambda p, vocab, asked: vocab.understand(p.codes, asked),
-           "no-image": lambda p, vocab, asked: [vocab.bos, *vocab.encode_text(asked)],
+           "no-image": lambda p, vocab, asked: vocab.understand(shuffled(p), asked),
            "no-question": lambda p, vocab, asked: vocab.understand(p.codes, "")}
 
 
