@@ -410,7 +410,8 @@ def read_pairs(folder):
     """The Pairs of out/pairs. Raises UserError if they cannot be read."""
     try:
         codes = read_tensors(folder / "codes.safetensors")
-        rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+        with open(folder / "pairs.jsonl", encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f]           # not splitlines(), which cuts at U+2028 and its like too
         pairs = [Pair(codes=c.numpy(), distorted=d.numpy(), **row)
                  for c, d, row in zip(codes["genuine"], codes["distorted"], rows, strict=True)]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

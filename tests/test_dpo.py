@@ -518,6 +518,21 @@ def test_another_recipe_builds_other_pairs(trained, tmp_path):
     assert kinds() == {"noise"}
 
 
+def test_pairs_come_back_as_they_were_written(tmp_path):
+    """Also reports of scrambled words, with the line separators of Unicode in them, and pairs with and without masks."""
+    pairs = make_pairs()
+    pairs[1].reports["own"] = "a\u2028b\x85c\x1cd\r\ne"
+    (tmp_path / "out").mkdir()
+    cfg = dpo.DPOConfig(out=str(tmp_path / "out"))
+    dpo.write_pairs(cfg, pairs, {})
+    for one, two in zip(pairs, dpo.read_pairs(tmp_path / "out/pairs"), strict=True):
+        assert (one.index, one.name, one.kind, one.chosen, one.reports, one.entropy, one.structure) == (
+            two.index, two.name, two.kind, two.chosen, two.reports, two.entropy, two.structure)
+        for name in ("codes", "distorted", "proposals", "scores"):
+            a, b = getattr(one, name), getattr(two, name)
+            assert (a is None and b is None) or np.array_equal(a, b)
+
+
 def test_pairs_that_cannot_be_read_are_named(trained, tmp_path):
     flags = copy_stages(trained, tmp_path / "out", "vqgan", "sft", "pairs")
     (tmp_path / "out/pairs/pairs.jsonl").write_text('{"name": "x"}\n')
