@@ -34,7 +34,8 @@ SCALE = {"vqgan": [], "sft": ["--steps", "1300", "--val-every", "130"],
 TABLE = {"control": "--objective sft", "dpo": "--objective dpo", "bidpo": "", "mdpo": "--objective mdpo",
          "mfpo": "--objective mfpo", "napo": "--objective napo", "rndpo": "--objective rndpo"}
 # What the papers claim, one variant each. On these pairs mdpo is mfpo without its curriculum.
-CLAIMS = {"dpo-own": "--objective dpo --rejected own", "bidpo-strict": "--conditional-weight 0 --anchor-weight 0",
+CLAIMS = {"bidpo-own": "--rejected own", "bidpo-own-c2": "--rejected own --conditional-weight 2",
+          "bidpo-strict": "--conditional-weight 0 --anchor-weight 0", "dpo-own": "--objective dpo --rejected own",
           **{f"{o}-flip{p}": f"--objective {o} --flip-pairs 0.{p}" for p in (10, 20, 30) for o in ("dpo", "napo")},
           **{f"{name}-judge{p}": f"--objective rndpo {flags} --judge-noise 0.{p}" for p in (0, 2, 4)
              for name, flags in (("rndpo", ""), ("rndpo-random", "--mining random"),
@@ -109,7 +110,8 @@ def read_results(folder):
 def table(units, names):
     """Markdown of one benchmark: a metric a row, a recipe a column, the mean over seeds.
 
-    Bold where the paired 95 % interval of the difference to the control excludes 0, on one side, in every seed."""
+    Where the paired 95 % interval of the difference to the control excludes 0, on one side, in every seed: bold if
+    the recipe is better, struck through if it is worse (↓ marks metrics that should fall)."""
     names = [n for n in ("sft", *names) if all(n in u for u in units)]
     lines = ["| metric | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
     for metric, title in ROWS.items():
@@ -123,7 +125,8 @@ def table(units, names):
             whole = metric.endswith(("distinct", "frechet")) or metric == "seconds"
             text = f"{mean:.0f}" if whole else f"{mean:.1f}" if "drift" in metric else f"{mean:.3f}"
             sure = all(f[2] is not None and f[2] * f[3] > 0 for f in found) and len({f[1] > 0 for f in found}) == 1
-            cells.append(f"**{text}**" if sure else text)
+            better = "↓" in title if sure and found[0][1] < 0 else "↓" not in title
+            cells.append(text if not sure else f"**{text}**" if better else f"~~{text}~~")
         if set(cells) != {"-"}:
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

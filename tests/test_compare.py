@@ -17,12 +17,13 @@ def unit(low, high, value=0.25):
             "dpo": {"report/greedy/companion": cell, "seconds": [100, None, None, None]}}
 
 
-def test_bold_needs_every_seed_on_one_side():
+def test_bold_and_struck_through_need_every_seed_on_one_side():
     cell = lambda *units: compare.table(list(units), ["control", "dpo"]).splitlines()[2]
     title = "| companion hallucination ↓, greedy | 0.500 | 0.450 | "
     assert cell(unit(-0.3, -0.1), unit(-0.2, -0.1, 0.35)) == title + "**0.300** |"
     assert cell(unit(-0.3, -0.1), unit(-0.2, 0.1)) == title + "0.250 |"
     assert cell(unit(-0.3, -0.1), unit(0.1, 0.2)) == title + "0.250 |"
+    assert cell(unit(0.1, 0.3), unit(0.1, 0.2)) == title + "~~0.250~~ |"
 
 
 def test_a_recipe_without_results_in_every_seed_is_left_out():
