@@ -1,5 +1,6 @@
 """What the tests share: the repository root on sys.path, one thread, toy image tokenizers, one tiny model."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -25,6 +26,11 @@ class Blind:
 
     def encode(self, x):
         return torch.zeros(len(x), 4, dtype=torch.long)
+
+
+def figures_of(log):
+    """The rows of a JSONL log without the times, which no two runs share."""
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in log.read_text().splitlines()]
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """vqgan.py: the quantizer and its losses by hand, then the whole tokenizer as an encoder and as a program."""
 
-import json
 import math
 import runpy
 
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import vqgan as program
+from conftest import figures_of
 from model import UserError, read_tensors, save_state
 from vqgan import (VQGAN, PatchDiscriminator, VectorQuantizer, VQGANConfig, VQGANTrainConfig, adaptive_weight,
                    codebook_figures, d_hinge_loss, feature_loss, psnr, reconstruction_loss)
@@ -241,7 +241,7 @@ def trained(out, resume=False, **changes):
 
 
 def log_of(out):
-    return [json.loads(line) for line in (out / "vqgan.jsonl").read_text().splitlines()]
+    return figures_of(out / "vqgan.jsonl")
 
 
 def test_beta_weighs_the_commitment_term(tmp_path):
