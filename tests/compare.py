@@ -31,11 +31,11 @@ ROOT = Path(__file__).parents[1]
 SCALE = {"vqgan": [], "sft": ["--steps", "1300", "--val-every", "130"],
          "dpo": ["--steps", "200", "--pairs", "3200", "--rehearsal-records", "3200"],
          "sample": ["--n", "1000", "--seed", "7"]}
-TABLE = {"control": "--objective sft", "dpo": "--objective dpo", "bidpo": "", "mdpo": "--objective mdpo",
-         "mfpo": "--objective mfpo", "napo": "--objective napo", "rndpo": "--objective rndpo"}
+TABLE = {"control": "--objective sft", "dpo": "--objective dpo", "bidpo": "", "bidpo-c2": "--conditional-weight 2",
+         "mdpo": "--objective mdpo", "mfpo": "--objective mfpo", "napo": "--objective napo", "rndpo": "--objective rndpo"}
 # What the papers claim, one variant each. On these pairs mdpo is mfpo without its curriculum.
-CLAIMS = {"bidpo-own": "--rejected own", "bidpo-c2": "--conditional-weight 2",
-          "bidpo-strict": "--conditional-weight 0 --anchor-weight 0", "dpo-own": "--objective dpo --rejected own",
+CLAIMS = {"bidpo-own": "--rejected own", "bidpo-strict": "--conditional-weight 0 --anchor-weight 0",
+          "dpo-own": "--objective dpo --rejected own",
           **{f"{o}-flip{p}": f"--objective {o} --flip-pairs 0.{p}" for p in (10, 20, 30) for o in ("dpo", "napo")},
           **{f"{name}-judge{p}": f"--objective rndpo {flags} --judge-noise 0.{p}" for p in (0, 2, 4)
              for name, flags in (("rndpo", ""), ("rndpo-random", "--mining random"),
