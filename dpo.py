@@ -75,7 +75,7 @@ class DPOConfig(RunConfig):
     rejected: tuple = arg(("distorted",), "who writes the rejected report, mixed evenly: the SFT model shown the "
                           "distorted image, its own wrong report of the genuine one (own), or no-image, no-question")
     pair_temperature: float = arg(1.0, "temperature of the SFT model's reports and masks")
-    flip_pairs: float = arg(0.0, "share of pairs whose chosen and rejected report and mask are swapped, to study noise")
+    flip_pairs: float = arg(0.0, "share of pairs with chosen and rejected report and mask swapped, for every term and the NLL")
     curriculum: bool = arg(False, "easy, medium, hard thirds one after the other, by semantic entropy (mfpo: on)")
     entropy_samples: int = arg(5, "reports sampled for the semantic entropy of an image")
     proposals: int = arg(4, "rndpo: masks that the SFT model draws of one structure")
@@ -392,7 +392,7 @@ def choose_rejected(pairs, cfg, phrases):
                                    np.random.default_rng([cfg.seed, 11, i]))
                 pair.masks = (pair.proposals[best], pair.proposals[worst])
             keep["mask"][i] = (pair.masks[0] != pair.masks[1]).any()        # |Ω| = 0 carries no signal
-        if flipped[i]:
+        if flipped[i]:              # as in noisy data: NLL, anchor and drawing prompts follow the swapped labels
             pair.chosen, pair.rejected, pair.masks = pair.rejected, pair.chosen, pair.masks[::-1]
         for name, text in {"text": pair.rejected, **{b: pair.reports.get(w) for b, w in BIASED.items()}}.items():
             if name in keep:
