@@ -14,7 +14,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ import dpo
 import sample
 import sft
 import vqgan
-from model import UserError, read_log, write_text
+from model import UserError, read_log, run, write_text
 
 ROOT = Path(__file__).parents[1]
 # Half the default lengths of stage 1, two thirds of stage 2: a recipe then takes minutes on one core.
@@ -170,7 +169,7 @@ def main(argv=None):
     parser.add_argument("--bias", type=float, nargs="+", default=[0.9, 0.0], help="benchmarks (default: 0.9 0)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES, metavar="NAME",
-                        help="recipes: " + " ".join(RECIPES).replace("%", "%%") + " (default: all)")
+                        help="recipes: " + " ".join(RECIPES) + " (default: all)")
     parser.add_argument("--preset", default="small", choices=("tiny", "small"), help="tiny: seconds, for tests")
     parser.add_argument("--table", action="store_true", help="train nothing, show what the results hold")
     cfg = parser.parse_args(argv)
@@ -194,6 +193,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    from model import run
     run(main)
