@@ -42,6 +42,7 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -277,7 +278,7 @@ def key_region(record, model, vocab, vqgan, channels, device, autocast):
     drowned = add_noise(record.image, np.random.default_rng(0), 1000)
     codes, noise = encode_images([record.image, drowned], vqgan, channels, device, autocast)
     side, (h, w) = int(len(codes) ** 0.5), record.image.shape[:2]
-    blocks = lambda h, w: np.arange(h)[:, None] * 4 // h * 4 + np.arange(w) * 4 // w          # (h, w) of 0..15
+    blocks = lambda h, w: (np.arange(h)[:, None] * 4 // h) * 4 + np.arange(w) * 4 // w        # (h, w) of 0..15
     hidden = [np.where(blocks(side, side).ravel() == b, noise, codes) for b in range(16)]
     asked, said = INSTRUCTIONS["report"][0], vocab.text_response(record.text)
     with autocast():
@@ -357,7 +358,8 @@ def add_proposals(pairs, records, model, vocab, vqgan, cfg):
         drawn, codes = draw_masks(model, vocab, [p.codes for p, _ in batch for _ in range(k)],
                                   [p.structure for p, _ in batch for _ in range(k)], vqgan, cfg.pair_temperature,
                                   cfg.seed + start)
-        for (pair, masks), own, pair.proposals in zip(batch, np.split(drawn, len(batch)), np.split(codes, len(batch))):
+        for (pair, masks), own, proposals in zip(batch, np.split(drawn, len(batch)), np.split(codes, len(batch))):
+            pair.proposals = proposals
             agreement = [np.mean([dice(own[a], own[b]) for b in range(k) if b != a]) for a in range(k)]
             pair.scores = np.array([agreement, [dice(a, masks[pair.structure]) for a in own]], np.float32)
 
@@ -370,9 +372,9 @@ def mine(scores, mining, noise, rng):
     scores = scores + rng.uniform(0, 1e-6, len(scores))
     players = rng.permutation(len(scores))[:2 if mining == "random" else None]
     wins = dict.fromkeys(players.tolist(), 0)
-    for n, i in enumerate(wins):
-        for j in list(wins)[:n]:
-            wins[i if (scores[i] > scores[j]) != (rng.random() < noise) else j] += 1
+    for i, j in combinations(wins, 2):
+        errs = rng.random() < noise
+        wins[i if (scores[i] > scores[j]) != errs else j] += 1
     ranked = sorted(wins, key=wins.get)          # stable, and the players stand in random order
     return ranked[-1], ranked[0]
 
@@ -446,6 +448,7 @@ def load_or_build_pairs(cfg, data, vqgan, model, vocab, device, autocast):
     recipe = {k: getattr(cfg, k) for k in flags}
     recipe |= {"data": data_name(cfg), "distort": list(cfg.distort), "sft": weights_hash(model)}
     found = (folder / "config.json").exists() and json.loads((folder / "config.json").read_text()) == recipe
+    changed = not found
     if found:
         pairs = read_pairs(folder)
         tqdm.write(f"{len(pairs)} pairs from {folder}")
@@ -458,14 +461,17 @@ def load_or_build_pairs(cfg, data, vqgan, model, vocab, device, autocast):
         for writer in sorted(writers):
             for pair, text in zip(pairs, sample_reports(pairs, writer, model, vocab, cfg, cfg.seed)):
                 pair.reports[writer] = text
-        if entropy := cfg.curriculum and pairs[0].entropy is None:
+            changed = True
+        if cfg.curriculum and pairs[0].entropy is None:
             add_entropy(pairs, model, vocab, cfg, phrases)
-        if masks := "mask" in compared and not any(p.structure for p in pairs):
+            changed = True
+        if "mask" in compared and not any(p.structure for p in pairs):
             add_proposals(pairs, data["train"], model, vocab, vqgan, cfg)
+            changed = True
             if not any(p.structure for p in pairs):
                 raise UserError(f"--objective {cfg.objective} compares masks, and no training record has any: add "
                                 "`masks` to the metadata, or take another objective")
-    if not found or writers or entropy or masks:
+    if changed:
         write_pairs(cfg, pairs, recipe)
     return pairs
 
@@ -571,7 +577,9 @@ def pick_pairs(pairs, cfg, step):
 
 
 def comparison_metrics(ratios, logps, margins, keep, cfg):
-    """TRL's log names for each comparison: rewards_text/margins, logps_image/chosen, …"""
+    """TRL's log names for each comparison: rewards_text/margins, logps_image/chosen, …
+
+    Rewards are those of whole sequences, also where a margin is one a code of Ω (cfg.normalise)."""
     result = {}
     for name in OBJECTIVES[cfg.objective][1]:
         chosen, rejected = COMPARISONS[name]

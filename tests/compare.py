@@ -26,7 +26,7 @@ import vqgan
 from model import UserError, read_log, run, write_text
 
 ROOT = Path(__file__).parents[1]
-# Half the default lengths of stage 1, two thirds of stage 2: a recipe then takes minutes on one core.
+# Half the default length of stage 1, two thirds of stage 2's steps, pairs and rehearsal: minutes a recipe on one core.
 SCALE = {"vqgan": [], "sft": ["--steps", "1300", "--val-every", "130"],
          "dpo": ["--steps", "200", "--pairs", "3200", "--rehearsal-records", "3200"],
          "sample": ["--n", "1000", "--seed", "7"]}
@@ -36,9 +36,9 @@ TABLE = {"control": "--objective sft", "dpo": "--objective dpo", "bidpo": "", "b
 CLAIMS = {"bidpo-own": "--rejected own", "bidpo-strict": "--conditional-weight 0 --anchor-weight 0",
           "dpo-own": "--objective dpo --rejected own",
           **{f"{o}-flip{p}": f"--objective {o} --flip-pairs 0.{p}" for p in (10, 20, 30) for o in ("dpo", "napo")},
-          **{f"{name}-judge{p}": f"--objective rndpo {flags} --judge-noise 0.{p}" for p in (0, 2, 4)
-             for name, flags in (("rndpo", ""), ("rndpo-random", "--mining random"),
-                                 ("mask-dpo", "--no-normalise --beta 0.1")) if name != "rndpo" or p},
+          **{f"rndpo-judge{p}": f"--objective rndpo --judge-noise 0.{p}" for p in (2, 4)},
+          **{f"rndpo-random-judge{p}": f"--objective rndpo --mining random --judge-noise 0.{p}" for p in (0, 2, 4)},
+          **{f"mask-dpo-judge{p}": f"--objective rndpo --no-normalise --beta 0.1 --judge-noise 0.{p}" for p in (0, 2, 4)},
           **{f"mfpo-{k}": f"--objective mfpo --distort {k}" for k in ("region-noise", "crop", "noise")}}
 RECIPES = TABLE | CLAIMS
 ROWS = {"report/greedy/companion": "companion hallucination ↓, greedy", "report/t1.0/companion": "the same, T = 1 ↓",
@@ -124,7 +124,7 @@ def table(units, names):
             whole = metric.endswith(("distinct", "frechet")) or metric == "seconds"
             text = f"{mean:.0f}" if whole else f"{mean:.1f}" if "drift" in metric else f"{mean:.3f}"
             sure = all(f[2] is not None and f[2] * f[3] > 0 for f in found) and len({f[1] > 0 for f in found}) == 1
-            better = "↓" in title if sure and found[0][1] < 0 else "↓" not in title
+            better = sure and (found[0][1] < 0) == ("↓" in title)
             cells.append(text if not sure else f"**{text}**" if better else f"~~{text}~~")
         if set(cells) != {"-"}:
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
