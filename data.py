@@ -869,10 +869,20 @@ INSTRUCTIONS = {"report": ("Write the report.", "Describe this image.", "What do
 MAX_TEXT = 128         # tokens of one report, question or answer; longer ones are cut
 
 
+def read_tokenizer(folder):
+    """A folder's tokenizer.json. Raises UserError."""
+    path = Path(folder) / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:        # tokenizers raises bare Exception for a missing or broken file
+        raise UserError(f"{path} cannot be read ({error}); bring it back, or train the folder again with `python sft.py`")
+
+
 class Vocabulary:
     """One id space: <pad> <bos> <image> </image> <eos>, text (byte-level BPE), then image codes.
 
-    Text is sampled from ids eos..image_start-1, image positions from image_start..image_start+K-1."""
+    A tokenizer learned elsewhere keeps its ids, ours follow: text, <eos> </image> <image> <bos> <pad>, image codes.
+    Either way text and <eos> are neighbours (text_range), and so are the image codes (image_range)."""
 
     def __init__(self, tokenizer, codebook_size):
         self.tokenizer, self.codebook_size = tokenizer, codebook_size
@@ -881,7 +891,8 @@ class Vocabulary:
         self.pad, self.bos, self.boi, self.eoi, self.eos = (tokenizer.token_to_id(s) for s in SPECIALS)
         self.image_start = tokenizer.token_to_id("<img_0>")
         self.size = self.image_start + codebook_size
-        self.text_range, self.image_range = (self.eos, self.image_start), (self.image_start, self.size)
+        self.text_range = (self.eos, self.image_start) if self.pad < self.eos else (0, self.eos + 1)
+        self.image_range = (self.image_start, self.size)
         self.cut = False
 
     @classmethod
@@ -906,14 +917,22 @@ class Vocabulary:
     @classmethod
     def load(cls, folder):
         """Read what save wrote. Raises UserError."""
-        path = Path(folder) / "tokenizer.json"
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:        # tokenizers raises bare Exception for a missing or broken file
-            raise UserError(f"{path} cannot be read ({error}); train the folder again with `python sft.py`")
+        tokenizer = read_tokenizer(folder)
         if tokenizer.token_to_id("<img_0>") is None:
-            raise UserError(f"{path} has no image tokens; name a folder that `python sft.py` wrote")
+            raise UserError(f"{folder}/tokenizer.json has no image tokens; name a folder that `python sft.py` wrote")
         return cls(tokenizer, tokenizer.get_vocab_size() - tokenizer.token_to_id("<img_0>"))
+
+    @classmethod
+    def extend(cls, folder, codebook_size):
+        """The tokenizer of any model folder, with our specials and the image codes after its own tokens.
+
+        Raises UserError if one of our specials is already among them."""
+        tokenizer = read_tokenizer(folder)
+        if taken := [s for s in SPECIALS if tokenizer.token_to_id(s) is not None]:
+            raise UserError(f"{folder}/tokenizer.json uses {' '.join(taken)} for itself, which are our names; rename them")
+        new = [*SPECIALS[::-1], *(f"<img_{i}>" for i in range(codebook_size))]
+        tokenizer.add_special_tokens([AddedToken(s, special=True) for s in new])
+        return cls(tokenizer, codebook_size)
 
     def encode_text(self, text):
         """Text to ids, at most MAX_TEXT of them; says once when it cuts."""
@@ -925,7 +944,8 @@ class Vocabulary:
 
     def decode_text(self, ids):
         """Ids to text, specials left out."""
-        return self.tokenizer.decode([i for i in ids if self.eos < i < self.image_start]).strip()
+        low, high = self.text_range
+        return self.tokenizer.decode([i for i in ids if low <= i < high and i != self.eos]).strip()
 
     def codes_to_ids(self, codes):
         """Image codes to ids."""

@@ -55,14 +55,14 @@ from tqdm import tqdm
 import sft as sft_stage
 from data import (DISTORTIONS, INSTRUCTIONS, MAX_TEXT, add_noise, check_data, collate, data_name, distort, encode_images,
                   encode_records, lexicon, make_example, open_data, spread, statement)
-from model import (Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage, generate, get_lr,
-                   init_run, make_optimizers, per_token_logps, pick, read_tensors, run, run_flags, save_state,
-                   sequence_logps, set_lr, weights_hash)
+from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, cli, finish_stage, generate, get_lr,
+                   init_run, make_optimizers, per_token_logps, pick, read_tensors, run, run_flags, save_state, save_tuned,
+                   sequence_logps, set_lr, trained_parameters, weights_hash)
 from sft import dice, draw_masks, load_gpt, load_vqgan, response_loss
 
 
 @dataclass
-class DPOConfig(RunConfig):
+class DPOConfig(TuneConfig):
     """Flags of stage 2. Where an objective has another default than the one shown, OBJECTIVE_DEFAULTS holds it."""
 
     objective: str = arg("bidpo", "bidpo, dpo, mdpo, mfpo, napo, rndpo; sft: the control, chosen sequences alone",
@@ -626,12 +626,14 @@ def train(cfg):
                              vqgan, cfg.channels, cfg.seed, device, autocast, "encoding rehearsal")
     studies = [s for s in studies if any(REHEARSAL[t] > 0 for t in s.tasks)]
     names = sequences_of(cfg.objective)
-    # all that is needed of the reference: from here on the model is the policy
+    # all that is needed of the reference, so no second model: from here on this one is the policy
     reference, sft_hash = reference_logps(model, pairs, names, vocab, cfg, device, autocast), weights_hash(model)
-
-    policy = model
-    optimizers = make_optimizers(policy, cfg.lr, cfg.muon_lr, weight_decay=0.0)
-    folder, figures = begin_stage(cfg, name, [policy], optimizers)
+    if cfg.lora_rank:
+        add_lora(model, cfg, Path(cfg.out) / "sft", sft_hash)
+    model.train()
+    trained = trained_parameters(model)
+    optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, weight_decay=0.0)
+    folder, figures = begin_stage(cfg, name, [trained], optimizers)
     if figures.get("sft", sft_hash) != sft_hash:
         raise UserError(f"--resume: {folder} was started from another {cfg.out}/sft; leave out --resume")
     start = figures.get("step", 0)
@@ -641,8 +643,8 @@ def train(cfg):
         indices = pick_pairs(pairs, cfg, step)
         at = torch.as_tensor(indices, device=device)
         with autocast():
-            logps, sizes = score(policy, *pair_batch(pairs, indices, names, vocab, cfg.seed, device), names)
-            rehearsal = response_loss(policy, *make_rehearsal(studies, cfg, vocab, step, device))
+            logps, sizes = score(model, *pair_batch(pairs, indices, names, vocab, cfg.seed, device), names)
+            rehearsal = response_loss(model, *make_rehearsal(studies, cfg, vocab, step, device))
         ratios = {k: v - reference[k][at] for k, v in logps.items()}
         keep = {k: v[at] for k, v in keep_all.items()}
         preference, terms, margins = objective_loss(ratios, sizes, keep, cfg)
@@ -651,7 +653,7 @@ def train(cfg):
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in optimizers:
             optimizer.step()
 
@@ -660,13 +662,13 @@ def train(cfg):
                       **{f"drift/{k}": ratios[k].mean() for k in CHOSEN},
                       **comparison_metrics(ratios, logps, margins, keep, cfg)}
             log(step, ("loss", *(f"rewards_{k}/margins" for k in keep)), loss=loss.detach(), grad_norm=grad_norm,
-                lr=optimizers[1].param_groups[0]["lr"], **{k: v.detach() for k, v in logged.items()})
+                lr=optimizers[-1].param_groups[0]["lr"], **{k: v.detach() for k, v in logged.items()})
         log.bar.update()
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            save_state(folder, step + 1, [policy], optimizers, flags=run_flags(cfg), sft=sft_hash)
+            save_state(folder, step + 1, [trained], optimizers, flags=run_flags(cfg), sft=sft_hash)
     log.close()
-    save_state(folder, cfg.steps, [policy], optimizers, flags=run_flags(cfg), sft=sft_hash)
-    policy.save_pretrained(folder)
+    save_state(folder, cfg.steps, [trained], optimizers, flags=run_flags(cfg), sft=sft_hash)
+    save_tuned(folder, model, cfg)
     vocab.save(folder)
     finish_stage(cfg, name)
     tqdm.write(f"wrote {cfg.out}/{name}")

@@ -224,24 +224,46 @@ class GPT(nn.Module):
     def forward(self, ids, cache=None, n_pad=None):
         return self.head(self.model(ids, cache, n_pad))
 
+    def tables(self):
+        """The layers with a row a token, by name: the embedding, and the head where it is not the same matrix."""
+        names = ["model.embed_tokens"] + ([] if self.config.tie_word_embeddings else ["lm_head"])
+        return {name: self.get_submodule(name) for name in names}
+
+    def grow(self, first, size):
+        """Make room for `size` tokens, those from id `first` on new.
+
+        Their rows start at the mean of the old rows, so none is likelier than an average token, and a tenth of
+        the old rows' spread apart, so that they can come to differ."""
+        for table in self.tables().values():
+            old = table.weight.detach()[:first]
+            fresh = torch.randn(max(size, len(table.weight)) - first, old.size(1), device=old.device)
+            table.weight = nn.Parameter(torch.cat([old, old.mean(dim=0) + 0.1 * old.std(dim=0) * fresh]))
+        self.config.vocab_size = len(self.model.embed_tokens.weight)
+
+    def config_json(self):
+        """config.json: GPTConfig's fields, and what else readers of Qwen3 look for."""
+        return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
+                "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
+                "torch_dtype": "float32", **dataclasses.asdict(self.config)}
+
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, as transformers reads them."""
-        config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
-                  "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
-                  "torch_dtype": "float32", **dataclasses.asdict(self.config)}
-        save_folder(folder, config, self.state_dict())
+        """Write config.json and model.safetensors, as transformers reads them; LoRA's adapters are merged in."""
+        save_folder(folder, self.config_json(), merged_state(self))
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):
-        """Read a folder written here or by transformers, in one model.safetensors file.
+        """Read a Qwen3 folder: written here (an adapter is merged into its base), or by transformers, sharded or not.
 
         Raises UserError for another architecture, and for stretched positions, which this file lacks."""
+        if (Path(folder) / "adapter_config.json").exists():
+            return load_adapter(folder).to(device)
         config, tensors = load_folder(folder, "sft.py", ("model_type", "qwen3"))
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         if rope.get("rope_type", "default") != "default" or config.get("hidden_act", "silu") != "silu":
             raise UserError(f"{folder} uses {rope.get('rope_type')} positions and {config.get('hidden_act')}; only "
                             "Qwen3's default RoPE and silu are written here")
-        config.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+        # Qwen3's own defaults for what an old config.json leaves out, which are not all ours
+        config = {"rope_theta": rope.get("rope_theta", 10000.0), "head_dim": 128, "tie_word_embeddings": False, **config}
         model = cls(make_config(GPTConfig, config, folder))
         if model.config.tie_word_embeddings:      # some folders store the tied head a second time
             tensors.pop("lm_head.weight", None)
@@ -324,6 +346,108 @@ def generate(model, prompts, max_new_tokens, allowed, stop_id=None, temperature=
     return done
 
 
+# LoRA (arXiv:2106.09685): train a few thin matrices beside the frozen ones
+
+
+class LoRALinear(nn.Module):
+    """W x + α/r · B A x: W (out, in) is frozen, A (r, in) and B (out, r) are trained. B starts at 0: nothing changes."""
+
+    def __init__(self, linear, rank, alpha, dropout):
+        super().__init__()
+        self.linear, self.scale, self.dropout = linear, alpha / rank, nn.Dropout(dropout)
+        device = linear.weight.device
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device=device)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device=device)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * self.lora_B(self.lora_A(self.dropout(x)))
+
+
+def add_lora(model, cfg, base, base_hash, first_new=None):
+    """Freeze a GPT and put adapters on the linear layers that cfg.lora_targets names, in every block.
+
+    Rows of embedding and head from id first_new on are trained too: nobody has taught them anything yet.
+    base (a folder) and base_hash are what save_adapter writes down. Raises UserError for an unknown target."""
+    linears = [(parent, name, child) for block in model.model.layers for parent in (block.self_attn, block.mlp)
+               for name, child in parent.named_children() if isinstance(child, nn.Linear)]
+    known = dict.fromkeys(name for _, name, _ in linears)
+    if unknown := [t for t in cfg.lora_targets if t not in known]:
+        raise UserError(f"--lora-targets {' '.join(unknown)}: there is no such layer; there are: {', '.join(known)}")
+    if not cfg.lora_dropout < 1:
+        raise UserError(f"--lora-dropout {cfg.lora_dropout} leaves nothing: name a share below 1")
+    model.requires_grad_(False)
+    for parent, name, child in linears:
+        if name in cfg.lora_targets:
+            setattr(parent, name, LoRALinear(child, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout))
+    for table in model.tables().values() if first_new is not None else ():
+        old = torch.arange(first_new, device=table.weight.device)
+        table.weight.requires_grad_(True).register_hook(lambda grad, old=old: grad.index_fill(0, old, 0.0))
+    model.base = {"folder": str(base), "hash": base_hash, "first_new": first_new}
+
+
+def merged_state(model):
+    """The state_dict of a plain GPT: every adapter is multiplied out and added to its matrix."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            W, A, B = (state.pop(f"{name}.{part}.weight") for part in ("linear", "lora_A", "lora_B"))
+            state[f"{name}.weight"] = W + module.scale * B @ A
+    return state
+
+
+def save_adapter(folder, model, cfg):
+    """Write what add_lora lets train, in PEFT's format and names, beside the config.json of the whole model."""
+    state, first, new = {k: v for k, v in model.state_dict().items() if ".lora_" in k}, model.base["first_new"], {}
+    for name, table in model.tables().items() if first is not None else ():
+        state[f"{name}.token_adapter.trainable_tokens_delta"] = table.weight[first:]     # PEFT's name; it holds whole rows
+        new[name.split(".")[-1]] = list(range(first, len(table.weight)))
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.base["folder"],
+              "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "lora_dropout": cfg.lora_dropout, "bias": "none",
+              "target_modules": list(cfg.lora_targets), "trainable_token_indices": new or None, "inference_mode": True}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.json", json.dumps(model.config_json(), indent=2) + "\n")
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    save_file({f"base_model.model.{k}": v.detach().cpu().contiguous() for k, v in state.items()},
+              folder / "adapter_model.safetensors", metadata={"format": "pt", "base": model.base["hash"]})
+
+
+def save_tuned(folder, model, cfg):
+    """Write a fine-tuned GPT: whole, or with LoRA and without --lora-merge what was trained alone."""
+    if cfg.lora_rank and not cfg.lora_merge:
+        save_adapter(folder, model, cfg)
+    else:
+        model.save_pretrained(folder)
+
+
+def load_adapter(folder):
+    """The GPT of a folder that save_adapter wrote: its base, with new rows appended and adapters merged in.
+
+    Raises UserError if the base is gone or another one now."""
+    folder = Path(folder)
+    try:
+        config, whole = (json.loads((folder / f).read_text()) for f in ("adapter_config.json", "config.json"))
+        tensors = {k.removeprefix("base_model.model."): v for k, v in read_tensors(folder / "adapter_model.safetensors").items()}
+        with safe_open(folder / "adapter_model.safetensors", "pt") as f:
+            base_hash = f.metadata()["base"]
+        base, scale = Path(config["base_model_name_or_path"]), config["lora_alpha"] / config["r"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{folder} holds no adapter that was written here ({error}); train it again")
+    base = base if base.is_dir() else folder.parent / base.name            # the folders were moved together
+    plain = GPT.from_pretrained(base)
+    if weights_hash(plain) != base_hash:
+        raise UserError(f"{folder} was trained over another model than {base} is now: bring that back, or train it again")
+    state = plain.state_dict()
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            state[name.replace(".lora_A", "")] += scale * tensors[name.replace(".lora_A", ".lora_B")] @ tensor
+        elif name.endswith("trainable_tokens_delta"):
+            name, first = name.replace("token_adapter.trainable_tokens_delta", "weight"), whole["vocab_size"] - len(tensor)
+            state[name] = torch.cat([state[name][:first], tensor])
+    return load_weights(GPT(make_config(GPTConfig, whole, folder)), state, folder)
+
+
 # ---------------------------------------------------------------------------------------------
 # Part 2: plumbing
 # ---------------------------------------------------------------------------------------------
@@ -366,6 +490,17 @@ class RunConfig:
     device: str = arg("auto", "auto (cuda if present), cpu, cuda or cuda:1")
     dtype: str = arg("auto", "autocast: auto (bfloat16 where the hardware has it), bfloat16 or float32",
                      choices=("auto", "bfloat16", "float32"))
+
+
+@dataclass
+class TuneConfig(RunConfig):
+    """Flags of the stages that train a GPT."""
+
+    lora_rank: int = arg(0, "rank r of LoRA's adapters; 0: train every weight")
+    lora_alpha: float = arg(16.0, "what adapters add counts alpha/r")
+    lora_dropout: float = arg(0.0, "share of an adapter's inputs that training drops")
+    lora_targets: tuple = arg(("q_proj", "v_proj"), "linear layers that get an adapter, in every block")
+    lora_merge: bool = arg(False, "write the whole model, adapters merged in, instead of the adapters alone")
 
 
 SHARED_PRESETS = {"tiny": dict(records=96, image_size=32), "small": {},
@@ -452,11 +587,14 @@ def init_run(cfg):
 def make_optimizers(model, lr, muon_lr, weight_decay):
     """Muon (Keller Jordan, 2024; torch.optim.Muon) for matrices inside blocks, AdamW for the rest.
 
-    Muon makes each matrix's update orthogonal, which suits few steps at a high learning rate."""
-    inner = [p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
-    outer = [p for name, p in model.named_parameters() if not (p.dim() == 2 and ".layers." in name)]
-    return [torch.optim.Muon(inner, lr=muon_lr, weight_decay=weight_decay),
-            torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    Muon makes each matrix's update orthogonal, which suits few steps at a high learning rate. LoRA's thin matrices
+    are AdamW's, as in its paper."""
+    inner, outer = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (inner if p.dim() == 2 and ".layers." in name and ".lora_" not in name else outer).append(p)
+    muon = [torch.optim.Muon(inner, lr=muon_lr, weight_decay=weight_decay)] if inner else []
+    return [*muon, torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def get_lr(step, steps, warmup, floor=0.05):
@@ -493,19 +631,25 @@ def save_folder(folder, config, tensors):
 
 
 def load_folder(folder, writer, expect):
-    """config (dict) and tensors of a model folder; expect (key, value) must stand in its config."""
+    """config (dict) and tensors (one file or shards) of a model folder; expect (key, value) must stand in its config."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; run `python {writer}` first, or name its --out")
     try:
         config = json.loads((folder / "config.json").read_text())
-        tensors = read_tensors(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder} is not a model folder ({error}); remove it and run `python {writer}` again")
-    found = config.get(expect[0]) if isinstance(config, dict) else None
-    if found != expect[1]:
-        raise UserError(f"{folder}/config.json says {expect[0]} {found!r}, not {expect[1]!r}: "
-                        f"name a folder that `python {writer}` wrote")
+        found = config.get(expect[0]) if isinstance(config, dict) else None
+        if found != expect[1]:
+            raise UserError(f"{folder}/config.json says {expect[0]} {found!r}, and only {expect[1]!r} is read here: "
+                            f"name a folder of that kind, as `python {writer}` writes them")
+        shards = {"model.safetensors"}
+        if (folder / "model.safetensors.index.json").exists():
+            shards = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
+        tensors = {}
+        for shard in sorted(shards):
+            tensors |= read_tensors(folder / Path(shard).name)        # a name alone: no path leaves the folder
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder} is not a whole model folder ({error}); bring back what is missing, or remove it and "
+                        f"run `python {writer}` again")
     return config, tensors
 
 
@@ -553,6 +697,11 @@ def run_flags(cfg):
     """The flags that a continuation must share with the run it continues, as JSON gives them back."""
     free = ("out", "device", "resume", "steps", "log_every", "save_every", "name")
     return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free}))
+
+
+def trained_parameters(model):
+    """What training changes, as a module of its own for save_state: with LoRA a small part of the model."""
+    return nn.ParameterList(p for p in model.parameters() if p.requires_grad)
 
 
 def save_state(folder, step, models, optimizers, **figures):
@@ -607,6 +756,8 @@ def begin_stage(cfg, name, models, optimizers):
         if figures["step"] > cfg.steps:
             raise UserError(f"--resume: {source} has {figures['step']} steps behind it, --steps {cfg.steps} is less; "
                             "name more, or leave out --resume")
+        if source == final:
+            shutil.copytree(final, partial, dirs_exist_ok=True)
         return partial, figures
     if cfg.resume:
         tqdm.write(f"{final}: no saved step to resume from, starting at 0")

@@ -2,6 +2,7 @@
 
     python sft.py                          # writes out/sft; trains out/vqgan first if it is missing
     python sft.py --bias 0                 # phantoms without language bias
+    python sft.py --init QWEN3_DIR --lora-rank 8      # teach an existing language model to see and draw
 
 All four tasks are the same next-token problem; only response tokens count. A tenth of the generation
 prompts are emptied, so that guidance has an unconditional model to lean on (arXiv:2207.12598).
@@ -11,6 +12,7 @@ val/f1, the finding F1 of greedy reports on held-out records, climbs late and th
 with the best val/f1 is kept, not the one with the lowest val/loss, which turns much earlier.
 """
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +23,17 @@ from tqdm import tqdm
 import vqgan as tokenizer_stage
 from data import (INSTRUCTIONS, MAX_TEXT, Vocabulary, all_texts, collate, data_name, encode_records, image_source, lexicon,
                   make_example, match_findings, open_data, read_findings)
-from model import (GPT, GPTConfig, Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage,
+from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, cli, finish_stage,
                    generate, get_lr, init_run, make_optimizers, per_token_logps, pick, run, run_flags, save_state,
-                   sequence_logps, set_lr, weights_hash)
+                   save_tuned, sequence_logps, set_lr, trained_parameters, weights_hash)
 from vqgan import VQGAN
 
 
 @dataclass
-class SFTConfig(RunConfig):
+class SFTConfig(TuneConfig):
     """Flags of stage 1."""
 
+    init: str = arg("", "Qwen3 folder to start from (one of ours goes on with its image tokenizer); empty: random weights")
     steps: int = arg(2600, "optimizer steps")
     batch_size: int = arg(64, "sequences a step")
     lr: float = arg(4e-3, "peak learning rate of embeddings and norms (AdamW)")
@@ -57,9 +60,11 @@ SHAPES = {"tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=
 TASKS = ("report", "generate", "ask", "segment")
 
 
-def load_vqgan(cfg, device):
-    """The image tokenizer of cfg.out, trained first if it is missing."""
+def load_vqgan(cfg, device, init=""):
+    """The image tokenizer of cfg.out; if it is missing, the one beside the folder `init`, else trained first."""
     folder = Path(cfg.out) / "vqgan"
+    if init and not folder.exists() and (Path(init).parent / "vqgan").exists():
+        shutil.copytree(Path(init).parent / "vqgan", folder)
     if not folder.exists():
         tqdm.write(f"{folder} is missing: training the image tokenizer first")
         tokenizer_stage.train(pick(tokenizer_stage.VQGANTrainConfig, cfg, **tokenizer_stage.PRESETS[cfg.preset],
@@ -68,9 +73,6 @@ def load_vqgan(cfg, device):
     if (vqgan.config.image_size, vqgan.config.channels) != (cfg.image_size, cfg.channels):
         raise UserError(f"{folder} was trained for {vqgan.config.image_size} pixels and {vqgan.config.channels} "
                         f"channel(s), not {cfg.image_size} and {cfg.channels}: use its flags, or another --out")
-    if vqgan.config.data != image_source(cfg):
-        raise UserError(f"{folder} was trained on {vqgan.config.data}, not on {image_source(cfg)}: "
-                        "name another --out, or remove the folder to train it again")
     return vqgan
 
 
@@ -78,8 +80,29 @@ def load_gpt(folder, vqgan, device):
     """A GPT folder and its vocabulary. Raises UserError if it was trained with another image tokenizer."""
     model, vocab = GPT.from_pretrained(folder, device), Vocabulary.load(folder)
     if model.config.vqgan_hash != weights_hash(vqgan):
-        raise UserError(f"{folder} was trained with another image tokenizer than {Path(folder).parent}/vqgan; "
+        raise UserError(f"{folder} was trained with another image tokenizer than the one in --out; "
                         "train it again, or bring back the tokenizer")
+    return model, vocab
+
+
+def load_init(cfg, vqgan, device):
+    """Model and vocabulary of --init: ours as they are, any other Qwen3's with our tokens appended; adapters for LoRA.
+
+    Raises UserError where tokenizer and model, or model and image tokenizer, do not fit."""
+    model, first_new = GPT.from_pretrained(cfg.init, device), None
+    base_hash = weights_hash(model)
+    if model.config.image_token_start is not None:
+        vocab = load_gpt(cfg.init, vqgan, device)[1]
+    else:
+        vocab = Vocabulary.extend(cfg.init, vqgan.config.codebook_size)
+        first_new = vocab.eos
+        if first_new > model.config.vocab_size:
+            raise UserError(f"{cfg.init}/tokenizer.json has {first_new} tokens, the embedding only "
+                            f"{model.config.vocab_size} rows: the two do not belong together")
+        torch.manual_seed(cfg.seed)
+        model.grow(first_new, vocab.size)
+    if cfg.lora_rank:
+        add_lora(model, cfg, cfg.init, base_hash, first_new)
     return model, vocab
 
 
@@ -105,6 +128,7 @@ def response_loss(model, ids, labels):
 @torch.no_grad()
 def validate(model, studies, vocab, phrases):
     """Loss of each task and, where findings are known, F1 of greedy reports on held-out studies."""
+    model.eval()                      # LoRA's dropout is for training
     figures, rng = {}, np.random.default_rng(0)
     for task in TASKS:
         examples = [make_example(s, task, vocab, rng) for s in studies if task in s.tasks]
@@ -122,6 +146,7 @@ def validate(model, studies, vocab, phrases):
         counts = [match_findings(read_findings(t, phrases), s.findings) for t, s in zip(texts, known)]
         right, stated, true = (sum(c[k] for c in counts) for k in ("right", "stated", "true"))
         figures["val/f1"] = 2 * right / max(1, stated + true)
+    model.train()
     return figures
 
 
@@ -151,7 +176,14 @@ def train(cfg):
     """Instruction-tune a GPT and write out/sft."""
     device, autocast = init_run(cfg)
     shares = {task: getattr(cfg, f"{task}_share") for task in TASKS}
-    vqgan = load_vqgan(cfg, device)
+    if cfg.lora_rank and not cfg.init:
+        raise UserError("--lora-rank adapts a model that can do something already: name one with --init")
+    vqgan = load_vqgan(cfg, device, cfg.init)
+    if not cfg.init and vqgan.config.data != image_source(cfg):
+        raise UserError(f"{cfg.out}/vqgan was trained on {vqgan.config.data}, not on {image_source(cfg)}: "
+                        "name another --out, or remove the folder to train it again")
+    if cfg.init:
+        model, vocab = load_init(cfg, vqgan, device)
     data = open_data(cfg)
     studies = encode_records(data["train"], vqgan, cfg.channels, cfg.seed, device, autocast, "encoding records")
     studies = [s for s in studies if any(shares[t] > 0 for t in s.tasks)]
@@ -160,17 +192,21 @@ def train(cfg):
     if not studies:
         raise UserError("no training record serves a task whose share is above 0; raise --report-share or another")
 
-    vocab = Vocabulary.train(all_texts(data["train"]), vqgan.config.codebook_size, cfg.text_vocab)
     phrases = lexicon(data["train"])
-    torch.manual_seed(cfg.seed)
-    tokens = len(studies[0].codes)
-    model = GPT(GPTConfig(vocab.size, **SHAPES[cfg.preset], max_position_embeddings=2 * tokens + 2 * MAX_TEXT,
-                          pad_token_id=vocab.pad, bos_token_id=vocab.bos, eos_token_id=vocab.eos,
-                          image_token_start=vocab.image_start, vqgan_hash=weights_hash(vqgan),
-                          data=data_name(cfg))).to(device)
-    best = GPT(model.config).to(device)                      # the weights with the best validation so far
+    if not cfg.init:
+        torch.manual_seed(cfg.seed)
+        vocab = Vocabulary.train(all_texts(data["train"]), vqgan.config.codebook_size, cfg.text_vocab)
+        model = GPT(GPTConfig(vocab.size, **SHAPES[cfg.preset])).to(device)
+    longest = 2 * len(studies[0].codes) + 2 * MAX_TEXT
+    vars(model.config).update(
+        max_position_embeddings=max(longest, model.config.max_position_embeddings), pad_token_id=vocab.pad,
+        bos_token_id=vocab.bos, eos_token_id=vocab.eos, image_token_start=vocab.image_start,
+        vqgan_hash=weights_hash(vqgan), data=data_name(cfg))
+    model.train()
+    trained = trained_parameters(model)
+    tqdm.write(f"training {sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} parameters")
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, cfg.weight_decay)
-    folder, figures = begin_stage(cfg, "sft", [model, best], optimizers)
+    folder, figures = begin_stage(cfg, "sft", [trained], optimizers)
     start, best_score = figures.get("step", 0), figures.get("best_score", -float("inf"))
     log = Log(f"{cfg.out}/sft.jsonl", "sft", cfg.steps, start)
     for step in range(start, cfg.steps):
@@ -181,7 +217,7 @@ def train(cfg):
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in optimizers:
             optimizer.step()
 
@@ -190,15 +226,14 @@ def train(cfg):
             with autocast():
                 held_out = validate(model, val, vocab, phrases)
             score = held_out.get("val/f1", -held_out["val/loss"])
-            if score >= best_score:
+            if score >= best_score:                       # the folder holds the best so far, state.safetensors the last
                 best_score = score
-                best.load_state_dict(model.state_dict())
+                save_tuned(folder, model, cfg)
             log(step, ("loss", "val/loss", "val/f1"), loss=loss.detach(), grad_norm=grad_norm, **held_out)
-            save_state(folder, step + 1, [model, best], optimizers, best_score=best_score, flags=run_flags(cfg))
+            save_state(folder, step + 1, [trained], optimizers, best_score=best_score, flags=run_flags(cfg))
         elif step % cfg.log_every == 0:
-            log(step, ("loss",), loss=loss.detach(), grad_norm=grad_norm, lr=optimizers[1].param_groups[0]["lr"])
+            log(step, ("loss",), loss=loss.detach(), grad_norm=grad_norm, lr=optimizers[-1].param_groups[0]["lr"])
     log.close()
-    best.save_pretrained(folder)
     vocab.save(folder)
     finish_stage(cfg, "sft")
     tqdm.write(f"wrote {cfg.out}/sft (best validation score {best_score:.3f})")

@@ -337,10 +337,10 @@ def change_config(folder, **values):
 
 @pytest.mark.parametrize("damage, says", [
     (lambda f: f.rename(f.with_name("elsewhere")), "does not exist"),
-    (lambda f: truncate(f / "model.safetensors"), "not a model folder"),
-    (lambda f: truncate(f / "config.json"), "not a model folder"),
-    (lambda f: (f / "model.safetensors").unlink(), "not a model folder"),
-    (lambda f: (f / "config.json").unlink(), "not a model folder"),
+    (lambda f: truncate(f / "model.safetensors"), "not a whole model folder"),
+    (lambda f: truncate(f / "config.json"), "not a whole model folder"),
+    (lambda f: (f / "model.safetensors").unlink(), "not a whole model folder"),
+    (lambda f: (f / "config.json").unlink(), "not a whole model folder"),
     (lambda f: change_config(f, model_type="llama"), "model_type 'llama'"),
     (lambda f: change_config(f, hidden_size=32), "do not belong together"),
     (lambda f: change_config(f, num_hidden_layers=3), "do not belong together"),
@@ -443,7 +443,7 @@ def test_stage_begins_where_it_should(gpt, tmp_path, left, resume, step):
         save_state(tmp_path / name, 3 + i, [gpt], [])
     folder, figures = begin_stage(stage_config(tmp_path, resume), "x", [gpt], [])
     assert folder == tmp_path / "x.partial" and figures.get("step") == step
-    assert folder.exists() == (resume and "x.partial" in left)         # starting over clears it
+    assert folder.exists() == resume         # starting over clears it, a finished run is gone on with as a copy
 
 
 def test_resume_of_nothing_starts_at_0(gpt, tmp_path):
