@@ -2,6 +2,8 @@
 
     python sample.py                                  evaluate every model in out/, print the table, write
                                                       out/eval.json, out/samples.png, out/curves.png
+                                                      and, for scorers elsewhere, in COCO's format
+                                                      out/references.json, out/captions.json
     python sample.py report IMAGE ...                 write a report on each image file
     python sample.py ask IMAGE "QUESTION"             answer a question about an image
     python sample.py segment IMAGE "STRUCTURE"        draw a structure's mask, to out/segment.png
@@ -15,10 +17,13 @@ trained on real images of other patients; its own F1 on real images stands besid
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
+import re
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +52,8 @@ class SampleConfig(RunConfig):
 
     words: tuple = arg((), "nothing (evaluate), or: report IMAGE..., ask IMAGE QUESTION, segment IMAGE STRUCTURE, "
                        "generate TEXT", positional=True)
-    model: str = arg("", "folder under --out to sample from; empty: dpo if it is there, else sft")
+    model: str = arg("", "folder under --out to sample from, or whose reports captions.json gets; empty: dpo if it is "
+                     "there, else sft")
     n: int = arg(400, "test records in the evaluation; 2000 for figures to report")
     temperature: float = arg(0.7, "of drawn images, and of `report` and `ask` when --sample is given")
     sample: bool = arg(False, "report, ask: draw at --temperature instead of taking the likeliest words")
@@ -80,6 +86,14 @@ def find_models(out):
     if not names:
         raise UserError(f"{out} holds no trained model; run `python dpo.py` first (it trains every stage), or name --out")
     return sorted(names, key=lambda n: (["sft", "control"].index(n) if n in ("sft", "control") else 2, n))
+
+
+def choose_model(cfg, names):
+    """The one of names that --model asks for; unasked, dpo if it is there, else the first."""
+    name = cfg.model or ("dpo" if "dpo" in names else names[0])
+    if name not in names:
+        raise UserError(f"--model {name}: {cfg.out} holds {', '.join(names)}")
+    return name
 
 
 def draw_images(model, vocab, vqgan, texts, cfg, guidance):
@@ -179,6 +193,174 @@ def frechet(a, b):
     # tr (Σ_a Σ_b)^½ from the eigenvalues of the product, which are real and not negative
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root)
+
+
+# ---------------------------------------------------------------------------------------------
+# Caption metrics
+# ---------------------------------------------------------------------------------------------
+
+
+def caption_words(text):
+    """The words and numbers of a text, lower case, as a list; punctuation is dropped."""
+    return re.findall(r"\d+\.\d+|\w+", text.lower())
+
+
+def ngrams(words, n):
+    """How often each run of n words occurs."""
+    return Counter(zip(*(words[i:] for i in range(n))))
+
+
+def bleu(candidates, references, weights):
+    """BLEU-1..4 of a corpus, in [0, 1], not smoothed (Papineni et al., ACL 2002).
+
+    n lists of words each; weights (R, n) say how often each record counts, R times over. Returns (R, 4)."""
+    counts = np.array([[*((ngrams(c, n) & ngrams(r, n)).total() for n in range(1, 5)),
+                        *(ngrams(c, n).total() for n in range(1, 5)), len(c), len(r)]
+                       for c, r in zip(candidates, references)])
+    matched, total, length, wanted = np.split(weights @ counts, (4, 8, 9), axis=1)    # (R, 4), (R, 4), (R, 1), (R, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        brevity = np.exp(np.minimum(0, 1 - wanted / length))     # 0 of empty candidates; nan where no record counts
+        return brevity * np.exp(np.log(matched / np.maximum(total, 1)).cumsum(1) / np.arange(1, 5))
+
+
+def rouge_l(candidate, reference, beta=1.2):
+    """ROUGE-L of two lists of words, in [0, 1] (Lin, Text Summarization Branches Out, 2004).
+
+    The longest common subsequence as F, recall beta times as important; beta = 1.2 as in the COCO caption
+    code (arXiv:1504.00325), 1 for what is often called ROUGE-L F1."""
+    common = [0] * (len(reference) + 1)            # with the first j words of the reference
+    for word in candidate:
+        before, common = common, [0]
+        for j, other in enumerate(reference):
+            common.append(before[j] + 1 if word == other else max(before[j + 1], common[j]))
+    if common[-1] == 0:
+        return 0.0
+    precision, recall = common[-1] / len(candidate), common[-1] / len(reference)
+    return (1 + beta ** 2) * precision * recall / (recall + beta ** 2 * precision)
+
+
+# NLTK's list of words that the rules would stem wrongly
+IRREGULAR = {"skies": "sky", "dying": "die", "lying": "lie", "tying": "tie", "innings": "inning", "outings": "outing",
+             "cannings": "canning", "sky": "sky", "news": "news", "inning": "inning", "outing": "outing",
+             "canning": "canning", "howe": "howe", "proceed": "proceed", "exceed": "exceed", "succeed": "succeed"}
+SUFFIXES = (   # step by step: the least measure of what is left, "suffix:replacement ..." (suffixes are patterns)
+    (1, "alli:al"),
+    (1, "ational:ate tional:tion enci:ence anci:ance izer:ize bli:ble entli:ent eli:e ousli:ous ization:ize "
+        "ation:ate ator:ate alism:al iveness:ive fulness:ful ousness:ous aliti:al iviti:ive biliti:ble fulli:ful "
+        "(?<=l)ogi:og"),
+    (1, "icate:ic ative: alize:al iciti:ic ical:ic ful: ness:"),
+    (2, "al: ance: ence: er: ic: able: ible: ant: ement: ment: ent: (?<=[st])ion: ou: ism: ate: iti: ous: ive: ize:"))
+
+
+def sounds(word):
+    """c for each consonant and v for each vowel: cvccvc of "system"; a y after a consonant is a vowel."""
+    result = ""
+    for letter in word:
+        result += "v" if letter in "aeiou" or letter == "y" and result.endswith("c") else "c"
+    return result
+
+
+def measure(stem):
+    """How often consonants follow vowels in what a suffix would leave: about its syllables."""
+    return sounds(stem).count("vc")
+
+
+def is_short(stem):
+    """Whether a stem ends like "hop", which had an e if it comes from "hoping"."""
+    return sounds(stem).endswith("cvc") and stem[-1] not in "wxy" or sounds(stem) == "vc"
+
+
+def replace_suffix(word, least, rules):
+    """Apply the first rule whose suffix the word has, if what is left has at least this measure."""
+    for suffix, new in (rule.split(":") for rule in rules.split()):
+        if found := re.search(suffix + "$", word):
+            stem = word[:found.start()]
+            return stem + new if measure(stem) >= least else word
+    return word
+
+
+@functools.cache
+def porter_stem(word):
+    """What is left of a lower-case word without its endings (Porter, Program 14(3), 1980, as NLTK varies it)."""
+    if len(word) <= 2 or word in IRREGULAR:
+        return IRREGULAR.get(word, word)
+    word = replace_suffix(word, 0, "(?<=^.)ies:ie sses:ss ies:i ss:ss s:")
+    if word.endswith(("ied", "eed")):
+        word = replace_suffix(replace_suffix(word, 0, "(?<=^.)ied:ie ied:i"), 1, "eed:ee")
+    elif (bare := re.sub("(ed|ing)$", "", word)) != word and "v" in sounds(bare):
+        word = bare
+        if word.endswith(("at", "bl", "iz")) or measure(word) == 1 and is_short(word):
+            word += "e"
+        elif sounds(word).endswith("c") and word[-1] == word[-2:-1] and word[-1] not in "lsz":
+            word = word[:-1]
+    if word.endswith("y") and len(word) > 2 and sounds(word)[-2] == "c":
+        word = word[:-1] + "i"
+    for least, rules in SUFFIXES:
+        word = replace_suffix(word, least, rules)
+    word = replace_suffix(word, 1 + is_short(word[:-1]), "e:")
+    return replace_suffix(word, 2, "(?<=l)l:")
+
+
+def meteor(candidate, reference):
+    """METEOR of two lists of words, in [0, 1), with alpha 0.9, beta 3, gamma 0.5 (Banerjee & Lavie, ACL 2005; NLTK).
+
+    Equal words are aligned, then equal Porter stems. WordNet's synonyms are left out, and so are the paraphrases and
+    function-word weights of METEOR 1.5, whose figures are others."""
+    aligned = {}                                   # position in the candidate -> in the reference
+    for form in (str, porter_stem):
+        free = {}
+        for j in sorted(set(range(len(reference))) - set(aligned.values())):
+            free.setdefault(form(reference[j]), []).append(j)
+        for i in reversed(range(len(candidate))):
+            if i not in aligned and free.get(form(candidate[i])):
+                aligned[i] = free[form(candidate[i])].pop()
+    if not aligned:
+        return 0.0
+    chunks = sum(aligned.get(i - 1) != j - 1 for i, j in aligned.items())
+    precision, recall = len(aligned) / len(candidate), len(aligned) / len(reference)
+    return precision * recall / (0.9 * precision + 0.1 * recall) * (1 - 0.5 * (chunks / len(aligned)) ** 3)
+
+
+def cider(candidates, references, sigma=6.0):
+    """CIDEr of each of n lists of words, in [0, 10], as the COCO caption code has it: CIDEr-D (arXiv:1411.5726).
+
+    Cosines of clipped n-gram counts, n = 1..4, weighted by how rare the n-gram is among the references; sigma
+    says how many words more or fewer are forgiven. Returns (n,)."""
+    scores = np.zeros(len(candidates))
+    for n in range(1, 5):
+        seen = Counter(gram for r in references for gram in ngrams(r, n))            # in how many references
+        weigh = lambda words: {gram: count * math.log(len(references) / max(1, seen[gram]))
+                               for gram, count in ngrams(words, n).items()}
+        for i, (c, r) in enumerate(zip(candidates, references)):
+            a, b = weigh(c), weigh(r)
+            norm = math.hypot(*a.values()) * math.hypot(*b.values())
+            if norm > 0:
+                cosine = sum(min(a[gram], b[gram]) * b[gram] for gram in a.keys() & b.keys()) / norm
+                scores[i] += 10 / 4 * cosine * math.exp(-(len(c) - len(r)) ** 2 / (2 * sigma ** 2))
+    return scores
+
+
+def score_captions(texts, records, ratios):
+    """{metric: what `ratios` gives} of texts against the records' own; records without text are left out.
+
+    BLEU is the corpus's, the others are means; CIDEr's n-grams are as rare in a resample as in the whole."""
+    have = np.array([bool(r.text) for r in records])
+    pairs = [(caption_words(t), caption_words(r.text)) for t, r in zip(texts, records) if r.text]
+    whole = bleu(*zip(*pairs), np.vstack([np.ones(len(pairs)), ratios.weights[:, have]]))
+    result = {f"bleu{n + 1}": (float(whole[0, n]), whole[1:, n], len(pairs)) for n in range(4)}
+    for name, scores in (("rouge_l", [rouge_l(*pair) for pair in pairs]), ("meteor", [meteor(*pair) for pair in pairs]),
+                         ("cider", cider(*zip(*pairs)))):
+        column = np.zeros(len(records))
+        column[have] = scores
+        result[name] = ratios(column, have)
+    return result
+
+
+def coco_references(records):
+    """The records' texts as caption annotations in COCO's format; records without text are left out."""
+    have = [(i, r) for i, r in enumerate(records) if r.text]
+    return {"info": {}, "licenses": [], "type": "captions", "images": [{"id": i, "file_name": r.name} for i, r in have],
+            "annotations": [{"id": i, "image_id": i, "caption": r.text} for i, r in have]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -336,10 +518,10 @@ def judged_terms(labels, bench, have=True):
 
 
 def evaluate_reports(model, vocab, bench):
-    """Image -> report, greedy and sampled; greedy also on images replaced by noise."""
+    """Image -> report, greedy and sampled; greedy also on images replaced by noise. Returns metrics, greedy reports."""
     result, ratios = {}, bench.ratios
     if not any(r.text for r in bench.records):
-        return result
+        return result, []
     for decoding, temperature in (("greedy", 0.0), ("t0.5", 0.5), ("t1.0", 1.0)):
         texts = write_reports(model, list(bench.codes), vocab, temperature, seed=bench.cfg.seed)
         scores = {}
@@ -353,6 +535,8 @@ def evaluate_reports(model, vocab, bench):
                 scores[kind] = ratios([bool(t) and read_term(s, terms) == t for s, t in zip(texts, true)],
                                       [bool(t) for t in true])
         if decoding == "greedy":
+            greedy = texts
+            scores |= score_captions(texts, bench.records, ratios)
             # wordings aside; a report that states nothing of an image and nothing of noise tells nothing
             blind = write_reports(model, list(bench.noise_codes), vocab)
             said = [(statement(a, bench.phrases), statement(b, bench.phrases)) for a, b in zip(texts, blind)]
@@ -360,7 +544,7 @@ def evaluate_reports(model, vocab, bench):
         distinct = float(len(set(texts)))
         scores["distinct"] = (distinct, np.array([]), len(texts))
         result |= {f"report/{decoding}/{k}": v for k, v in scores.items()}
-    return result
+    return result, greedy
 
 
 def evaluate_drawings(model, vocab, vqgan, bench, autocast, guidance):
@@ -414,23 +598,27 @@ def evaluate_masks(model, vocab, vqgan, bench):
 def evaluate_model(name, model, vocab, vqgan, bench, autocast):
     """Every metric of one model, as `ratios` gives them; kept in out/eval, so that only what is new is evaluated:
 
-    another model, test set, judge or flag, or other code in sample.py or data.py."""
+    another model, test set, judge or flag, or other code in sample.py or data.py. Its greedy reports lie beside."""
     cfg, path = bench.cfg, Path(bench.cfg.out) / "eval" / f"{name}.safetensors"
     flags = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("words", "model", "out", "device", "count")}
     code = b"".join(Path(__file__).with_name(f).read_bytes() for f in ("sample.py", "data.py"))
     recipe = {"recipe": json.dumps({"models": [weights_hash(m) for m in (model, vqgan, *(bench.judge or ())[:1])],
                                     "test": zlib.crc32(bench.codes.tobytes()), "code": zlib.crc32(code), **flags})}
-    if path.exists():
+    captions = path.with_suffix(".captions.json")
+    if path.exists() and captions.exists():
         with safe_open(path, "np") as f:
             if f.metadata() == recipe:
                 kept = {k: f.get_tensor(k) for k in f.keys()}
                 return {k: (float(v[0]), v[2:], int(v[1])) for k, v in sorted(kept.items())}
     with autocast():
-        result = {**evaluate_reports(model, vocab, bench), **evaluate_answers(model, vocab, bench),
+        reports, texts = evaluate_reports(model, vocab, bench)
+        result = {**reports, **evaluate_answers(model, vocab, bench),
                   **evaluate_masks(model, vocab, vqgan, bench),
                   **evaluate_drawings(model, vocab, vqgan, bench, autocast, 1.0),
                   **evaluate_drawings(model, vocab, vqgan, bench, autocast, cfg.guidance)}
     path.parent.mkdir(exist_ok=True)
+    said = [{"image_id": i, "caption": t} for i, (t, r) in enumerate(zip(texts, bench.records)) if r.text]
+    write_text(captions, json.dumps(said) + "\n")
     new = path.with_suffix(".new")
     save_file({k: np.array([v[0], v[2], *v[1]]) for k, v in result.items()}, new, metadata=recipe)
     os.replace(new, path)
@@ -438,8 +626,9 @@ def evaluate_model(name, model, vocab, vqgan, bench, autocast):
 
 
 def evaluate(cfg):
-    """Evaluate every model in cfg.out; write eval.json, samples.png and curves.png; print the table."""
+    """Evaluate every model in cfg.out; write eval.json, captions and references, pictures; print the table."""
     names = find_models(cfg.out)
+    chosen = choose_model(cfg, names)
     device, autocast = init_run(cfg)
     vqgan = load_tokenizer(cfg, device)
     loaded = {name: load_gpt(Path(cfg.out) / name, vqgan, device) for name in names}
@@ -456,13 +645,16 @@ def evaluate(cfg):
                 k: summarize((v[0] - results["control"][k][0], v[1] - results["control"][k][1], v[2]))
                 for k, v in results[name].items() if len(v[1]) and k in results["control"]}
     write_text(Path(cfg.out) / "eval.json", json.dumps(written, indent=1) + "\n")
+    write_text(Path(cfg.out) / "references.json", json.dumps(coco_references(bench.records)) + "\n")
+    write_text(Path(cfg.out) / "captions.json", (Path(cfg.out) / "eval" / f"{chosen}.captions.json").read_text())
     sheets = [contact_sheet(loaded, vqgan, bench, autocast)]
     if "sft" in loaded and (Path(cfg.out) / "pairs").exists():
         sheets += pair_sheet(loaded["sft"][0], vqgan, bench)
     below(sheets).save(Path(cfg.out) / "samples.png")
     curves(cfg.out).save(Path(cfg.out) / "curves.png")
     print_table(written, names, bench)
-    print(f"wrote {cfg.out}/eval.json, {cfg.out}/samples.png, {cfg.out}/curves.png")
+    print(f"wrote {cfg.out}/eval.json, {cfg.out}/samples.png, {cfg.out}/curves.png; for other scorers "
+          f"{cfg.out}/references.json and {cfg.out}/captions.json (greedy reports of {chosen})")
 
 
 def print_table(written, names, bench):
@@ -645,10 +837,8 @@ def answer_user(cfg):
     if not words or command in ("ask", "segment") and len(words) != 2:
         raise UserError(f"usage: python sample.py {command} {needs[command]}")
     names = find_models(cfg.out)
+    name = choose_model(cfg, names)
     device, autocast = init_run(cfg)
-    name = cfg.model or ("dpo" if "dpo" in names else names[0])
-    if name not in names:
-        raise UserError(f"--model {name}: {cfg.out} holds {', '.join(names)}")
     vqgan = load_tokenizer(cfg, device)
     model, vocab = load_gpt(Path(cfg.out) / name, vqgan, device)
     how = dict(temperature=cfg.temperature if cfg.sample else 0.0, seed=cfg.seed, top_k=cfg.top_k, top_p=cfg.top_p)
