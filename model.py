@@ -8,6 +8,7 @@ Part 1 is the model: exactly Qwen3's arithmetic and parameter names (arXiv:2505.
 written here open unchanged in `transformers`. RMSNorm before each sublayer, rotary positions (RoPE,
 arXiv:2104.09864), an RMSNorm on every query and key head, grouped-query attention (arXiv:2305.13245),
 SwiGLU (arXiv:2002.05202). Images and text are both just ids to it: data.py decides which is which.
+LoRA (arXiv:2106.09685) trains thin matrices beside the frozen ones and is written as PEFT writes it.
 Part 2 is plumbing: flags, device, learning rate, folders on disk, log. Read it when curious.
 """
 
@@ -346,11 +347,10 @@ def generate(model, prompts, max_new_tokens, allowed, stop_id=None, temperature=
     return done
 
 
-# LoRA (arXiv:2106.09685): train a few thin matrices beside the frozen ones
-
-
 class LoRALinear(nn.Module):
-    """W x + α/r · B A x: W (out, in) is frozen, A (r, in) and B (out, r) are trained. B starts at 0: nothing changes."""
+    """W x + α/r · B A x (arXiv:2106.09685): W (out, in) is frozen, A (r, in) and B (out, r) are trained.
+
+    B starts at 0, so that at first nothing changes."""
 
     def __init__(self, linear, rank, alpha, dropout):
         super().__init__()
@@ -434,7 +434,8 @@ def load_adapter(folder):
         base, scale = Path(config["base_model_name_or_path"]), config["lora_alpha"] / config["r"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder} holds no adapter that was written here ({error}); train it again")
-    base = base if base.is_dir() else folder.parent / base.name            # the folders were moved together
+    beside = folder.parent / base.name                       # base and adapter may have been moved together
+    base = beside if beside.is_dir() and beside.resolve() != folder.resolve() else base
     plain = GPT.from_pretrained(base)
     if weights_hash(plain) != base_hash:
         raise UserError(f"{folder} was trained over another model than {base} is now: bring that back, or train it again")

@@ -89,6 +89,8 @@ def load_init(cfg, vqgan, device):
     """Model and vocabulary of --init: ours as they are, any other Qwen3's with our tokens appended; adapters for LoRA.
 
     Raises UserError where tokenizer and model, or model and image tokenizer, do not fit."""
+    if Path(cfg.init).resolve() == (Path(cfg.out) / "sft").resolve():
+        raise UserError(f"--init {cfg.init} is what this run would write over: name another --out")
     model, first_new = GPT.from_pretrained(cfg.init, device), None
     base_hash = weights_hash(model)
     if model.config.image_token_start is not None:
@@ -204,7 +206,6 @@ def train(cfg):
         vqgan_hash=weights_hash(vqgan), data=data_name(cfg))
     model.train()
     trained = trained_parameters(model)
-    tqdm.write(f"training {sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} parameters")
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, cfg.weight_decay)
     folder, figures = begin_stage(cfg, "sft", [trained], optimizers)
     start, best_score = figures.get("step", 0), figures.get("best_score", -float("inf"))

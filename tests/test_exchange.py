@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import dpo
 import sample
 import sft
-from data import INSTRUCTIONS, SPECIALS, Vocabulary
+from data import INSTRUCTIONS, Vocabulary
 from model import (GPT, GPTConfig, LoRALinear, UserError, add_lora, generate, make_optimizers, merged_state, read_tensors,
                    save_adapter, weights_hash)
 from sft import load_gpt
@@ -142,6 +142,13 @@ def test_ours_goes_on_with_its_own_tokenizer_and_vocabulary(trained, tmp_path):
     assert GPT.from_pretrained(new / "sft").config.data != GPT.from_pretrained(trained / "sft").config.data
 
 
+def test_a_run_never_starts_from_what_it_writes_over(trained):
+    before = (trained / "sft/model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="is what this run would write over"):
+        sft.main([*TINY, "--out", str(trained), "--init", str(trained / "control/../sft"), "--lora-rank", "2"])
+    assert (trained / "sft/model.safetensors").read_bytes() == before
+
+
 def spoil(change):
     def apply(folder):
         config = json.loads((folder / "config.json").read_text())
@@ -250,6 +257,9 @@ def test_an_adapter_comes_back_and_knows_its_base(gpt, tmp_path):
     save_adapter(tmp_path / "elsewhere" / "adapter", gpt, cfg)
     again = GPT.from_pretrained(tmp_path / "elsewhere" / "adapter")      # base and adapter were moved together
     assert_close(again(IDS), gpt(IDS), atol=1e-5, rtol=1e-5)
+    shutil.copytree(tmp_path / "elsewhere/adapter", tmp_path / "alone/base")     # its base's name, and no base beside it
+    with pytest.raises(UserError, match="moved/base does not exist"):
+        GPT.from_pretrained(tmp_path / "alone/base")
     torch.nn.init.ones_(again.model.norm.weight)
     again.save_pretrained(tmp_path / "elsewhere" / "base")
     with pytest.raises(UserError, match="trained over another model than"):

@@ -40,7 +40,8 @@ def test_a_wrong_flag_is_one_line_on_stderr_and_status_2():
 
 def test_every_flag_named_in_the_readme_exists():
     """Also in prose: a word like --image-size belongs to one of the programs, or to the comparison."""
-    known = {"--help", *re.findall(r'add_argument\("(--[a-z]+)"', (ROOT / "tests/compare.py").read_text())}
+    runners = "".join((ROOT / "tests" / f).read_text() for f in ("compare.py", "captioning.py"))
+    known = {"--help", *re.findall(r'add_argument\("(--[a-z]+)"', runners)}
     for module in PROGRAMS.values():
         Config = next(v for n, v in vars(module).items() if n.endswith("Config") and hasattr(v, "records")
                       and v.__module__ == module.__name__)

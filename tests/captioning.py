@@ -1,0 +1,118 @@
+"""Full fine-tuning against LoRA, as a captioning study compared them (IEEE ICMI 2025, document 11141312).
+
+    python -m tests.captioning --base out                       adapt out/sft to phantoms of other patients
+    python -m tests.captioning --base out --data DIR            ... to a folder of images and captions
+    python -m tests.captioning --table                          the tables, from .github/results/captioning.json
+
+LoRA needs something to adapt, so every method starts from one model trained on phantoms (--base, its image tokenizer
+included) and sees the same images and reports for the same number of steps; questions, masks and drawings are left
+out. Each run is a process of its own, so that its peak memory can be told. Runs that are there are not repeated."""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import sample
+from model import UserError, init_run, read_log, read_tensors, run, write_text
+from sft import load_gpt
+
+ROOT = Path(__file__).parents[1]
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+METHODS = {"full": ["--lr", "1e-3", "--muon-lr", "5e-3"], "LoRA q,v": ["--lora-rank", "8", "--lr", "4e-3"],
+           "LoRA all": ["--lora-rank", "8", "--lr", "4e-3", "--lora-targets", *LINEARS]}
+REPORTS = ["--report-share", "1", "--generate-share", "0", "--ask-share", "0", "--segment-share", "0", "--batch-size", "32"]
+ROWS = {"bleu1": "BLEU-1", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "meteor": "METEOR", "cider": "CIDEr",
+        "f1": "finding F1", "chair_i": "CHAIR_i ↓", "modality": "modality right", "body_part": "body part right",
+        "trained": "trained parameters", "memory": "peak memory, MB", "step": "seconds a step"}
+
+
+def adapt(folder, flags):
+    """Run sft.py in a process of its own; what it cost: {trained, memory, step}."""
+    process = subprocess.Popen([sys.executable, ROOT / "sft.py", "--out", folder, *flags], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise UserError(f"{folder}: sft.py stopped with status {os.waitstatus_to_exitcode(status)}, its message stands above")
+    written = next(f for n in ("adapter_model", "model") if (f := folder / "sft" / f"{n}.safetensors").exists())
+    last = read_log(folder / "sft.jsonl")[-1]
+    return {"trained": sum(t.numel() for t in read_tensors(written).values()), "memory": usage.ru_maxrss / 1024,
+            "step": last["seconds"] / (last["step"] + 1)}
+
+
+def measure(folder, bench, vqgan, device, autocast):
+    """What the model of a folder writes of the test images, greedily: {metric: value}."""
+    model, vocab = load_gpt(folder, vqgan, device)
+    with autocast():
+        found = sample.evaluate_reports(model, vocab, bench)[0]
+    return {k: found[f"report/greedy/{k}"][0] for k in ROWS if f"report/greedy/{k}" in found}
+
+
+def compare(cfg):
+    """{method: {metric: [value, one a seed]}} on one data set; "before" is the base as it was."""
+    flags = ["--preset", cfg.preset, "--data", cfg.data, "--bias", "0", "--records", str(cfg.records)]
+    bench_cfg = sample.SampleConfig(data=cfg.data, out=str(cfg.base), seed=7, bias=0.0, n=cfg.n, records=cfg.records,
+                                    judge_steps=1)         # a judge of drawings, which there are none of
+    device, autocast = init_run(bench_cfg)
+    vqgan = sample.load_tokenizer(bench_cfg, device)
+    bench = sample.make_benchmark(dataclasses.replace(bench_cfg, out=str(cfg.out)), vqgan, device, autocast)
+    results = {"before": {k: [v] for k, v in measure(cfg.base / "sft", bench, vqgan, device, autocast).items()}}
+    flags += ["--image-size", str(bench_cfg.image_size), "--channels", str(bench_cfg.channels)]
+    for seed in cfg.seeds:
+        for method, own in METHODS.items():
+            folder = cfg.out / f"{Path(cfg.data).name or 'phantoms'} {method} {seed}".replace(" ", "-")
+            if not (folder / "cost.json").exists():
+                # phantoms are drawn from the seed: these are other patients than the base's
+                cost = adapt(folder, ["--init", cfg.base / "sft", *flags, *REPORTS, *own, "--seed", str(100 + seed),
+                                      "--steps", str(cfg.steps), "--val-every", str(cfg.steps)])
+                write_text(folder / "cost.json", json.dumps(cost) + "\n")
+            found = json.loads((folder / "cost.json").read_text()) | measure(folder / "sft", bench, vqgan, device, autocast)
+            for metric, value in found.items():
+                results.setdefault(method, {}).setdefault(metric, []).append(round(value, 5))
+    return results
+
+
+def table(results):
+    """Markdown: a metric a row, a method a column; the mean over seeds and, in brackets, the least and the greatest."""
+    lines = ["| metric | " + " | ".join(results) + " |", "| --- |" + " ---: |" * len(results)]
+    for metric, title in ROWS.items():
+        show = lambda v: f"{v:,.0f}" if metric in ("trained", "memory") else f"{v:.3f}"
+        cells = []
+        for values in (found.get(metric) for found in results.values()):
+            span = f" [{show(min(values))}, {show(max(values))}]" if values and len(set(values)) > 1 else ""
+            cells.append(show(np.mean(values)) + span if values else "-")
+        if set(cells) != {"-"}:
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, default=Path("out"), help="folder whose vqgan and sft are adapted (default: out)")
+    parser.add_argument("--data", default="", help="folder of images and captions; empty: phantoms of other patients")
+    parser.add_argument("--out", type=Path, default=Path("out-captioning"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=ROOT / ".github" / "results", help="folder of captioning.json")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each run (default: 200)")
+    parser.add_argument("--records", type=int, default=4000, help="phantoms: training records (default: 4000)")
+    parser.add_argument("--n", type=int, default=600, help="test records (default: 600)")
+    parser.add_argument("--preset", default="small", choices=("tiny", "small"), help="tiny: seconds, for tests")
+    parser.add_argument("--table", action="store_true", help="train nothing, show what the results hold")
+    cfg = parser.parse_args(argv)
+    path = cfg.results / "captioning.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if not cfg.table:
+        results[Path(cfg.data).name or "phantoms"] = compare(cfg)
+        cfg.results.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(results, separators=(",", ":")).replace("},", "},\n") + "\n")
+    for name, found in results.items():
+        print(f"\n{name}\n\n{table(found)}")
+
+
+if __name__ == "__main__":
+    run(main)
