@@ -875,7 +875,7 @@ def read_tokenizer(folder):
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:        # tokenizers raises bare Exception for a missing or broken file
-        raise UserError(f"{path} cannot be read ({error}); bring it back, or train the folder again with `python sft.py`")
+        raise UserError(f"{path} cannot be read ({error}); bring back the one it came with")
 
 
 class Vocabulary:
@@ -926,8 +926,14 @@ class Vocabulary:
     def extend(cls, folder, codebook_size):
         """The tokenizer of any model folder, with our specials and the image codes after its own tokens.
 
-        Raises UserError if one of our specials is already among them."""
+        Raises UserError if one of our specials is already among them, or if its ids have gaps."""
         tokenizer = read_tokenizer(folder)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        size, last = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values())
+        if last != size - 1:
+            raise UserError(f"{folder}/tokenizer.json numbers its {size} tokens up to {last}; only ids without gaps are "
+                            "read here")
         if taken := [s for s in SPECIALS if tokenizer.token_to_id(s) is not None]:
             raise UserError(f"{folder}/tokenizer.json uses {' '.join(taken)} for itself, which are our names; rename them")
         new = [*SPECIALS[::-1], *(f"<img_{i}>" for i in range(codebook_size))]

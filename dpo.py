@@ -629,7 +629,7 @@ def train(cfg):
     # all that is needed of the reference, so no second model: from here on this one is the policy
     reference, sft_hash = reference_logps(model, pairs, names, vocab, cfg, device, autocast), weights_hash(model)
     if cfg.lora_rank:
-        add_lora(model, cfg, Path(cfg.out) / "sft", sft_hash)
+        add_lora(model, cfg, Path(cfg.out) / "sft")
     model.train()
     trained = trained_parameters(model)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, weight_decay=0.0)
@@ -640,6 +640,7 @@ def train(cfg):
     log = Log(f"{cfg.out}/{name}.jsonl", name, cfg.steps, start)
     for step in range(start, cfg.steps):
         set_lr(optimizers, get_lr(step, cfg.steps, warmup=20))
+        torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike
         indices = pick_pairs(pairs, cfg, step)
         at = torch.as_tensor(indices, device=device)
         with autocast():

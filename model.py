@@ -259,13 +259,17 @@ class GPT(nn.Module):
         if (Path(folder) / "adapter_config.json").exists():
             return load_adapter(folder).to(device)
         config, tensors = load_folder(folder, "sft.py", ("model_type", "qwen3"))
-        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-        if rope.get("rope_type", "default") != "default" or config.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{folder} uses {rope.get('rope_type')} positions and {config.get('hidden_act')}; only "
-                            "Qwen3's default RoPE and silu are written here")
-        # Qwen3's own defaults for what an old config.json leaves out, which are not all ours
-        config = {"rope_theta": rope.get("rope_theta", 10000.0), "head_dim": 128, "tie_word_embeddings": False, **config}
-        model = cls(make_config(GPTConfig, config, folder))
+        try:
+            rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+            found = {"rope_type": rope.get("rope_type", rope.get("type", "default")),
+                     "hidden_act": config.get("hidden_act", "silu"), "use_sliding_window": config.get("use_sliding_window", False)}
+            if found != (known := {"rope_type": "default", "hidden_act": "silu", "use_sliding_window": False}):
+                raise UserError(f"{folder}/config.json says {found}, and only {known} is written here")
+            # Qwen3's own defaults for what an old config.json leaves out, which are not all ours
+            config = {"rope_theta": rope.get("rope_theta", 10000.0), "head_dim": 128, "tie_word_embeddings": False, **config}
+            model = cls(make_config(GPTConfig, config, folder))
+        except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise UserError(f"{folder}/config.json describes no model ({error}); bring back the one it came with")
         if model.config.tie_word_embeddings:      # some folders store the tied head a second time
             tensors.pop("lm_head.weight", None)
         return load_weights(model, tensors, folder).to(device)
@@ -364,11 +368,11 @@ class LoRALinear(nn.Module):
         return self.linear(x) + self.scale * self.lora_B(self.lora_A(self.dropout(x)))
 
 
-def add_lora(model, cfg, base, base_hash, first_new=None):
-    """Freeze a GPT and put adapters on the linear layers that cfg.lora_targets names, in every block.
+def add_lora(model, cfg, base, first_new=None):
+    """Freeze a GPT read from the folder `base`, and put adapters on the linear layers that cfg.lora_targets names.
 
-    Rows of embedding and head from id first_new on are trained too: nobody has taught them anything yet.
-    base (a folder) and base_hash are what save_adapter writes down. Raises UserError for an unknown target."""
+    Rows of embedding and head from id first_new on are trained too: nobody has taught them anything yet. (The whole
+    table is the parameter; gradients of old rows are set to 0.) Raises UserError for a target that does not exist."""
     linears = [(parent, name, child) for block in model.model.layers for parent in (block.self_attn, block.mlp)
                for name, child in parent.named_children() if isinstance(child, nn.Linear)]
     known = dict.fromkeys(name for _, name, _ in linears)
@@ -380,10 +384,11 @@ def add_lora(model, cfg, base, base_hash, first_new=None):
     for parent, name, child in linears:
         if name in cfg.lora_targets:
             setattr(parent, name, LoRALinear(child, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout))
-    for table in model.tables().values() if first_new is not None else ():
-        old = torch.arange(first_new, device=table.weight.device)
-        table.weight.requires_grad_(True).register_hook(lambda grad, old=old: grad.index_fill(0, old, 0.0))
-    model.base = {"folder": str(base), "hash": base_hash, "first_new": first_new}
+    if first_new is not None:
+        old = torch.arange(first_new, device=model.device)
+        for table in model.tables().values():
+            table.weight.requires_grad_(True).register_hook(lambda grad: grad.index_fill(0, old, 0.0))
+    model.base = {"folder": str(Path(base).resolve()), "hash": folder_hash(base), "first_new": first_new}
 
 
 def merged_state(model):
@@ -398,10 +403,12 @@ def merged_state(model):
 
 def save_adapter(folder, model, cfg):
     """Write what add_lora lets train, in PEFT's format and names, beside the config.json of the whole model."""
-    state, first, new = {k: v for k, v in model.state_dict().items() if ".lora_" in k}, model.base["first_new"], {}
-    for name, table in model.tables().items() if first is not None else ():
-        state[f"{name}.token_adapter.trainable_tokens_delta"] = table.weight[first:]     # PEFT's name; it holds whole rows
-        new[name.split(".")[-1]] = list(range(first, len(table.weight)))
+    state = {k: v for k, v in model.state_dict().items() if ".lora_" in k}
+    new, first = {}, model.base["first_new"]
+    if first is not None:
+        for name, table in model.tables().items():
+            state[f"{name}.token_adapter.trainable_tokens_delta"] = table.weight[first:]  # PEFT's name; it holds whole rows
+            new[name.split(".")[-1]] = list(range(first, len(table.weight)))
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.base["folder"],
               "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "lora_dropout": cfg.lora_dropout, "bias": "none",
               "target_modules": list(cfg.lora_targets), "trainable_token_indices": new or None, "inference_mode": True}
@@ -409,8 +416,8 @@ def save_adapter(folder, model, cfg):
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", json.dumps(model.config_json(), indent=2) + "\n")
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-    save_file({f"base_model.model.{k}": v.detach().cpu().contiguous() for k, v in state.items()},
-              folder / "adapter_model.safetensors", metadata={"format": "pt", "base": model.base["hash"]})
+    write_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in state.items()},
+                  {"format": "pt", "base": model.base["hash"]})
 
 
 def save_tuned(folder, model, cfg):
@@ -424,7 +431,7 @@ def save_tuned(folder, model, cfg):
 def load_adapter(folder):
     """The GPT of a folder that save_adapter wrote: its base, with new rows appended and adapters merged in.
 
-    Raises UserError if the base is gone or another one now."""
+    The base is looked for where it was, then beside the adapter. Raises UserError if it is gone or another one now."""
     folder = Path(folder)
     try:
         config, whole = (json.loads((folder / f).read_text()) for f in ("adapter_config.json", "config.json"))
@@ -434,18 +441,18 @@ def load_adapter(folder):
         base, scale = Path(config["base_model_name_or_path"]), config["lora_alpha"] / config["r"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder} holds no adapter that was written here ({error}); train it again")
-    beside = folder.parent / base.name                       # base and adapter may have been moved together
-    base = beside if beside.is_dir() and beside.resolve() != folder.resolve() else base
-    plain = GPT.from_pretrained(base)
-    if weights_hash(plain) != base_hash:
-        raise UserError(f"{folder} was trained over another model than {base} is now: bring that back, or train it again")
-    state = plain.state_dict()
+    beside = folder.parent / base.name                       # the two may have been moved together
+    found = [f for f in (base, beside) if f.is_dir() and folder_hash(f) == base_hash]
+    if not found:
+        raise UserError(f"{folder} was trained over {base}, which is gone or another model now: bring that back, or train "
+                        "the adapter again")
+    state = GPT.from_pretrained(found[0]).state_dict()
     for name, tensor in tensors.items():
         if name.endswith(".lora_A.weight"):
             state[name.replace(".lora_A", "")] += scale * tensors[name.replace(".lora_A", ".lora_B")] @ tensor
-        elif name.endswith("trainable_tokens_delta"):
-            name, first = name.replace("token_adapter.trainable_tokens_delta", "weight"), whole["vocab_size"] - len(tensor)
-            state[name] = torch.cat([state[name][:first], tensor])
+        elif name.endswith(".token_adapter.trainable_tokens_delta"):
+            table = name.replace("token_adapter.trainable_tokens_delta", "weight")
+            state[table] = torch.cat([state[table][:whole["vocab_size"] - len(tensor)], tensor])
     return load_weights(GPT(make_config(GPTConfig, whole, folder)), state, folder)
 
 
@@ -626,9 +633,7 @@ def save_folder(folder, config, tensors):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    save_file(tensors, folder / "model.safetensors.new", metadata={"format": "pt"})
-    os.replace(folder / "model.safetensors.new", folder / "model.safetensors")
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
 def load_folder(folder, writer, expect):
@@ -649,8 +654,8 @@ def load_folder(folder, writer, expect):
         for shard in sorted(shards):
             tensors |= read_tensors(folder / Path(shard).name)        # a name alone: no path leaves the folder
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder} is not a whole model folder ({error}); bring back what is missing, or remove it and "
-                        f"run `python {writer}` again")
+        raise UserError(f"{folder} is not a whole model folder ({error}); bring back what is missing, or train it again "
+                        f"with `python {writer}`")
     return config, tensors
 
 
@@ -660,7 +665,7 @@ def make_config(Config, values, folder):
     try:
         return Config(**{k: v for k, v in values.items() if k in known})
     except TypeError as error:
-        raise UserError(f"{folder}/config.json is not whole ({error}); train the folder again")
+        raise UserError(f"{folder}/config.json is not whole ({error}); bring back the one it came with")
 
 
 def load_weights(model, tensors, folder):
@@ -669,7 +674,7 @@ def load_weights(model, tensors, folder):
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: weights and config.json do not belong together ({detail}); train it again")
+        raise UserError(f"{folder}: weights and config.json do not belong together ({detail}); bring back those that do")
     return model.eval()
 
 
@@ -677,6 +682,13 @@ def read_tensors(path):
     """All tensors of a safetensors file, as a dict."""
     with safe_open(path, "pt") as f:
         return {k: f.get_tensor(k) for k in f.keys()}
+
+
+def write_tensors(path, tensors, metadata):
+    """Write a safetensors file beside path, then rename: a reader sees the old file or the new one."""
+    new = Path(f"{path}.new")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new, metadata=metadata)
+    os.replace(new, path)
 
 
 def write_text(path, text):
@@ -691,6 +703,14 @@ def weights_hash(model):
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def folder_hash(folder):
+    """The same of a model folder as it lies on disk, adapters or shards."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*model*.safetensors")):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -711,11 +731,8 @@ def save_state(folder, step, models, optimizers, **figures):
     for i, optimizer in enumerate(optimizers):
         for j, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{j}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    meta = {"figures": json.dumps({"step": step, **figures})}
-    save_file(tensors, Path(folder) / "state.safetensors.new", metadata=meta)
-    os.replace(Path(folder) / "state.safetensors.new", Path(folder) / "state.safetensors")
+    write_tensors(Path(folder) / "state.safetensors", tensors, {"figures": json.dumps({"step": step, **figures})})
 
 
 def load_state(folder, models, optimizers):
@@ -764,7 +781,7 @@ def begin_stage(cfg, name, models, optimizers):
         tqdm.write(f"{final}: no saved step to resume from, starting at 0")
     elif (partial / "state.safetensors").exists():
         tqdm.write(f"{partial} holds an unfinished run; starting over (--resume would have gone on)")
-        shutil.rmtree(partial)
+    shutil.rmtree(partial, ignore_errors=True)
     return partial, {}
 
 

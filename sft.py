@@ -24,7 +24,7 @@ import vqgan as tokenizer_stage
 from data import (INSTRUCTIONS, MAX_TEXT, Vocabulary, all_texts, collate, data_name, encode_records, image_source, lexicon,
                   make_example, match_findings, open_data, read_findings)
 from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, cli, finish_stage,
-                   generate, get_lr, init_run, make_optimizers, per_token_logps, pick, run, run_flags, save_state,
+                   folder_hash, generate, get_lr, init_run, make_optimizers, per_token_logps, pick, run, run_flags, save_state,
                    save_tuned, sequence_logps, set_lr, trained_parameters, weights_hash)
 from vqgan import VQGAN
 
@@ -64,7 +64,8 @@ def load_vqgan(cfg, device, init=""):
     """The image tokenizer of cfg.out; if it is missing, the one beside the folder `init`, else trained first."""
     folder = Path(cfg.out) / "vqgan"
     if init and not folder.exists() and (Path(init).parent / "vqgan").exists():
-        shutil.copytree(Path(init).parent / "vqgan", folder)
+        shutil.copytree(Path(init).parent / "vqgan", Path(cfg.out) / "vqgan.partial", dirs_exist_ok=True)
+        finish_stage(cfg, "vqgan")
     if not folder.exists():
         tqdm.write(f"{folder} is missing: training the image tokenizer first")
         tokenizer_stage.train(pick(tokenizer_stage.VQGANTrainConfig, cfg, **tokenizer_stage.PRESETS[cfg.preset],
@@ -79,22 +80,28 @@ def load_vqgan(cfg, device, init=""):
 def load_gpt(folder, vqgan, device):
     """A GPT folder and its vocabulary. Raises UserError if it was trained with another image tokenizer."""
     model, vocab = GPT.from_pretrained(folder, device), Vocabulary.load(folder)
+    check_tokenizer(model, vqgan, folder)
+    return model, vocab
+
+
+def check_tokenizer(model, vqgan, folder):
+    """Raise UserError if the model in `folder` was trained with another image tokenizer."""
     if model.config.vqgan_hash != weights_hash(vqgan):
         raise UserError(f"{folder} was trained with another image tokenizer than the one in --out; "
                         "train it again, or bring back the tokenizer")
-    return model, vocab
 
 
 def load_init(cfg, vqgan, device):
     """Model and vocabulary of --init: ours as they are, any other Qwen3's with our tokens appended; adapters for LoRA.
 
     Raises UserError where tokenizer and model, or model and image tokenizer, do not fit."""
-    if Path(cfg.init).resolve() == (Path(cfg.out) / "sft").resolve():
-        raise UserError(f"--init {cfg.init} is what this run would write over: name another --out")
+    if Path(cfg.out).resolve() in Path(cfg.init).resolve().parents:
+        raise UserError(f"--init {cfg.init} lies in --out {cfg.out}, where this run would write over it or over its base: "
+                        "name another --out")
     model, first_new = GPT.from_pretrained(cfg.init, device), None
-    base_hash = weights_hash(model)
     if model.config.image_token_start is not None:
-        vocab = load_gpt(cfg.init, vqgan, device)[1]
+        check_tokenizer(model, vqgan, cfg.init)
+        vocab = Vocabulary.load(cfg.init)
     else:
         vocab = Vocabulary.extend(cfg.init, vqgan.config.codebook_size)
         first_new = vocab.eos
@@ -104,7 +111,7 @@ def load_init(cfg, vqgan, device):
         torch.manual_seed(cfg.seed)
         model.grow(first_new, vocab.size)
     if cfg.lora_rank:
-        add_lora(model, cfg, cfg.init, base_hash, first_new)
+        add_lora(model, cfg, cfg.init, first_new)
     return model, vocab
 
 
@@ -208,10 +215,14 @@ def train(cfg):
     trained = trained_parameters(model)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, cfg.weight_decay)
     folder, figures = begin_stage(cfg, "sft", [trained], optimizers)
+    base_hash = folder_hash(cfg.init) if cfg.init else ""
+    if figures.get("base", base_hash) != base_hash:
+        raise UserError(f"--resume: {folder} was started from another {cfg.init}; leave out --resume")
     start, best_score = figures.get("step", 0), figures.get("best_score", -float("inf"))
     log = Log(f"{cfg.out}/sft.jsonl", "sft", cfg.steps, start)
     for step in range(start, cfg.steps):
         set_lr(optimizers, get_lr(step, cfg.steps, warmup=40))
+        torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike
         ids, labels = make_batch(studies, cfg, shares, vocab, step, device)
         with autocast():
             loss = response_loss(model, ids, labels)
@@ -227,11 +238,11 @@ def train(cfg):
             with autocast():
                 held_out = validate(model, val, vocab, phrases)
             score = held_out.get("val/f1", -held_out["val/loss"])
-            if score >= best_score:                       # the folder holds the best so far, state.safetensors the last
+            log(step, ("loss", "val/loss", "val/f1"), loss=loss.detach(), grad_norm=grad_norm, **held_out)
+            if score >= best_score:                          # the folder keeps the best model, its state is the last
                 best_score = score
                 save_tuned(folder, model, cfg)
-            log(step, ("loss", "val/loss", "val/f1"), loss=loss.detach(), grad_norm=grad_norm, **held_out)
-            save_state(folder, step + 1, [trained], optimizers, best_score=best_score, flags=run_flags(cfg))
+            save_state(folder, step + 1, [trained], optimizers, best_score=best_score, flags=run_flags(cfg), base=base_hash)
         elif step % cfg.log_every == 0:
             log(step, ("loss",), loss=loss.detach(), grad_norm=grad_norm, lr=optimizers[-1].param_groups[0]["lr"])
     log.close()

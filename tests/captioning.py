@@ -6,7 +6,8 @@
 
 LoRA needs something to adapt, so every method starts from one model trained on phantoms (--base, its image tokenizer
 included) and sees the same images and reports for the same number of steps; questions, masks and drawings are left
-out. Each run is a process of its own, so that its peak memory can be told. Runs that are there are not repeated."""
+out. Each run is a process of its own, so that its peak memory can be told. Runs that are there are not repeated.
+The methods take turns within a seed, so that what else the machine does hits all of them."""
 
 import argparse
 import dataclasses
@@ -39,9 +40,9 @@ def adapt(folder, flags):
     if status:
         raise UserError(f"{folder}: sft.py stopped with status {os.waitstatus_to_exitcode(status)}, its message stands above")
     written = next(f for n in ("adapter_model", "model") if (f := folder / "sft" / f"{n}.safetensors").exists())
-    last = read_log(folder / "sft.jsonl")[-1]
+    row = read_log(folder / "sft.jsonl")[-2]                 # the last one comes after the validation
     return {"trained": sum(t.numel() for t in read_tensors(written).values()), "memory": usage.ru_maxrss / 1024,
-            "step": last["seconds"] / (last["step"] + 1)}
+            "step": row["seconds"] / (row["step"] + 1)}
 
 
 def measure(folder, bench, vqgan, device, autocast):
@@ -54,24 +55,28 @@ def measure(folder, bench, vqgan, device, autocast):
 
 def compare(cfg):
     """{method: {metric: [value, one a seed]}} on one data set; "before" is the base as it was."""
-    flags = ["--preset", cfg.preset, "--data", cfg.data, "--bias", "0", "--records", str(cfg.records)]
     bench_cfg = sample.SampleConfig(data=cfg.data, out=str(cfg.base), seed=7, bias=0.0, n=cfg.n, records=cfg.records,
                                     judge_steps=1)         # a judge of drawings, which there are none of
     device, autocast = init_run(bench_cfg)
     vqgan = sample.load_tokenizer(bench_cfg, device)
-    bench = sample.make_benchmark(dataclasses.replace(bench_cfg, out=str(cfg.out)), vqgan, device, autocast)
-    results = {"before": {k: [v] for k, v in measure(cfg.base / "sft", bench, vqgan, device, autocast).items()}}
-    flags += ["--image-size", str(bench_cfg.image_size), "--channels", str(bench_cfg.channels)]
-    for seed in cfg.seeds:
+    shape = ["--image-size", bench_cfg.image_size, "--channels", bench_cfg.channels]
+    costs = {}
+    for seed in cfg.seeds:        # all training first: a process starts with the peak memory of the one that calls it
         for method, own in METHODS.items():
             folder = cfg.out / f"{Path(cfg.data).name or 'phantoms'} {method} {seed}".replace(" ", "-")
-            if not (folder / "cost.json").exists():
-                # phantoms are drawn from the seed: these are other patients than the base's
-                cost = adapt(folder, ["--init", cfg.base / "sft", *flags, *REPORTS, *own, "--seed", str(100 + seed),
-                                      "--steps", str(cfg.steps), "--val-every", str(cfg.steps)])
-                write_text(folder / "cost.json", json.dumps(cost) + "\n")
-            found = json.loads((folder / "cost.json").read_text()) | measure(folder / "sft", bench, vqgan, device, autocast)
-            for metric, value in found.items():
+            flags = ["--init", cfg.base / "sft", "--preset", cfg.preset, "--data", cfg.data, "--bias", 0, *shape, *REPORTS, *own,
+                     "--records", cfg.records, "--steps", cfg.steps, "--val-every", cfg.steps,
+                     "--seed", 100 + seed]                 # phantoms are drawn from the seed: other patients than the base's
+            path, flags = folder / "cost.json", list(map(str, flags))
+            if not path.exists() or json.loads(path.read_text())["flags"] != flags:
+                cost = adapt(folder, flags)
+                write_text(path, json.dumps(cost | {"flags": flags}) + "\n")
+            costs[folder] = method, json.loads(path.read_text())
+    bench = sample.make_benchmark(dataclasses.replace(bench_cfg, out=str(cfg.out)), vqgan, device, autocast)
+    results = {"before": {k: [v] for k, v in measure(cfg.base / "sft", bench, vqgan, device, autocast).items()}}
+    for folder, (method, cost) in costs.items():
+        for metric, value in (cost | measure(folder / "sft", bench, vqgan, device, autocast)).items():
+            if metric in ROWS:
                 results.setdefault(method, {}).setdefault(metric, []).append(round(value, 5))
     return results
 

@@ -1,6 +1,6 @@
 """Every objective on the same pairs, in one table.
 
-    python -m tests.compare                                       everything; goes on where it stopped
+    python -m tests.compare                                       the whole table; goes on where it stopped
     python -m tests.compare --bias 0.9 --seeds 0 --recipes control bidpo      a part of it
     python -m tests.compare --table                               only the tables and the picture, from the results
 
@@ -168,8 +168,8 @@ def main(argv=None):
     parser.add_argument("--results", type=Path, default=ROOT / ".github" / "results", help="folder of the result files")
     parser.add_argument("--bias", type=float, nargs="+", default=[0.9, 0.0], help="benchmarks (default: 0.9 0)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES, metavar="NAME",
-                        help="recipes: " + " ".join(RECIPES) + " (default: all)")
+    parser.add_argument("--recipes", nargs="+", default=list(TABLE), choices=RECIPES, metavar="NAME",
+                        help="recipes; by default " + " ".join(TABLE) + "; to test the papers' claims " + " ".join(CLAIMS))
     parser.add_argument("--preset", default="small", choices=("tiny", "small"), help="tiny: seconds, for tests")
     parser.add_argument("--table", action="store_true", help="train nothing, show what the results hold")
     cfg = parser.parse_args(argv)

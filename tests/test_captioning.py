@@ -18,7 +18,7 @@ def test_a_tiny_round(trained, tmp_path, capsys):
     found = json.loads((tmp_path / "captioning.json").read_text())["phantoms"]
     assert list(found) == ["before", *captioning.METHODS]
     full, thin, wide = (found[m]["trained"][0] for m in captioning.METHODS)
-    assert thin < wide < full and all(found[m]["memory"][0] > 50 and found[m]["step"][0] > 0 for m in captioning.METHODS)
+    assert thin < wide < full and all(found[m]["memory"][0] > 50 and found[m]["step"][0] >= 0 for m in captioning.METHODS)
     assert all({"bleu1", "rouge_l", "meteor", "cider", "f1"} <= found[m].keys() for m in found)
     made = (tmp_path / "runs/phantoms-full-0/sft/model.safetensors").stat().st_mtime_ns
     captioning.main(flags)

@@ -16,7 +16,7 @@ import sample
 import sft
 from data import INSTRUCTIONS, Vocabulary
 from model import (GPT, GPTConfig, LoRALinear, UserError, add_lora, generate, make_optimizers, merged_state, read_tensors,
-                   save_adapter, weights_hash)
+                   save_adapter)
 from sft import load_gpt
 from tests.conftest import figures_of
 from vqgan import VQGAN
@@ -29,10 +29,12 @@ def lora(rank=2, alpha=8.0, dropout=0.0, targets=("q_proj", "v_proj")):
     return SimpleNamespace(lora_rank=rank, lora_alpha=alpha, lora_dropout=dropout, lora_targets=targets)
 
 
-def write_tokenizer(folder, extra=()):
-    """A byte-level tokenizer of 256 bytes and two merges, as somebody else might have left it."""
-    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "le", "ef"]
-    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [("l", "e"), ("e", "f")]))
+def write_tokenizer(folder, extra=(), last=257):
+    """A byte-level tokenizer of 256 bytes and two merges, as somebody else might have left it: padded, cut."""
+    ids = {piece: i for i, piece in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "le"])} | {"ef": last}
+    tokenizer = Tokenizer(models.BPE(ids, [("l", "e"), ("e", "f")]))
+    tokenizer.enable_padding(length=40)
+    tokenizer.enable_truncation(3)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>", *extra])
@@ -80,7 +82,7 @@ def test_growing_changes_no_old_logit_and_new_tokens_start_as_average_ones(qwen3
     old = {k: t.weight.clone() for k, t in model.tables().items()}
     model.grow(259, 300)
     assert_close(model(IDS)[..., :259], qwen3.model(IDS)[..., :259])
-    assert len(old) == 1 if model.config.tie_word_embeddings else 2
+    assert len(old) == (1 if model.config.tie_word_embeddings else 2)
     for name, table in model.tables().items():
         new, mean, spread = table.weight[259:], old[name][:259].mean(dim=0), old[name][:259].std(dim=0)
         assert table.weight.shape == (300, 32) and len(new.unique(dim=0)) == 41
@@ -91,6 +93,7 @@ def test_growing_changes_no_old_logit_and_new_tokens_start_as_average_ones(qwen3
 def test_a_foreign_tokenizer_keeps_its_ids(qwen3):
     vocab, text = Vocabulary.extend(qwen3.folder, 16), "Left pleural effusion <image>."
     plain = Tokenizer.from_file(str(qwen3.folder / "tokenizer.json"))
+    plain.no_padding(), plain.no_truncation()
     assert vocab.encode_text("Left effusion.") == plain.encode("Left effusion.").ids and 256 in vocab.encode_text("left")
     assert vocab.decode_text([*vocab.encode_text(text), vocab.eos, vocab.image_start]) == text
     assert (vocab.eos, vocab.eoi, vocab.boi, vocab.bos, vocab.pad) == (259, 260, 261, 262, 263)
@@ -144,8 +147,9 @@ def test_ours_goes_on_with_its_own_tokenizer_and_vocabulary(trained, tmp_path):
 
 def test_a_run_never_starts_from_what_it_writes_over(trained):
     before = (trained / "sft/model.safetensors").read_bytes()
-    with pytest.raises(UserError, match="is what this run would write over"):
-        sft.main([*TINY, "--out", str(trained), "--init", str(trained / "control/../sft"), "--lora-rank", "2"])
+    for name in ("control/../sft", "dpo"):         # the second may be an adapter over the first
+        with pytest.raises(UserError, match="would write over"):
+            sft.main([*TINY, "--out", str(trained), "--init", str(trained / name), "--lora-rank", "2"])
     assert (trained / "sft/model.safetensors").read_bytes() == before
 
 
@@ -165,9 +169,13 @@ def spoil(change):
     (spoil({"num_hidden_layers": 3}), "do not belong together"),
     (lambda f: write_tokenizer(f, [f"<extra_{i}>" for i in range(4)]), "263 tokens, the embedding only 262 rows"),
     (lambda f: write_tokenizer(f, ["<image>"]), "uses <image> for itself"),
+    (lambda f: write_tokenizer(f, last=300), "numbers its 259 tokens up to 300"),
+    (spoil({"head_dim": None}), "describes no model"),
+    (spoil({"rope_parameters": {"type": "yarn"}}), "'rope_type': 'yarn'"),
     (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json cannot be read"),
     (lambda f: shutil.rmtree(f), "does not exist"),
-], ids=["llama", "shard", "index", "width", "depth", "too many ids", "our names", "no tokenizer", "no folder"])
+], ids=["llama", "shard", "index", "width", "depth", "too many ids", "our names", "gaps", "null", "yarn", "no tokenizer",
+        "no folder"])
 def test_folders_that_cannot_start_a_run_are_refused(qwen3, out, damage, says):
     damage(qwen3.folder)
     with pytest.raises(UserError, match=says):
@@ -183,6 +191,33 @@ def test_a_shard_never_leaves_its_folder(qwen3, tmp_path):
         GPT.from_pretrained(qwen3.folder)
 
 
+@pytest.mark.parametrize("qwen3", ["untied"], indirect=True)
+def test_adapting_stops_and_goes_on_over_the_same_base_alone(qwen3, out, tmp_path, monkeypatch):
+    flags = [*TINY, "--init", str(qwen3.folder), "--lora-rank", "2", "--lora-dropout", "0.2", "--steps", "8", "--val-every", "4",
+             "--log-every", "1", "--out"]
+    shutil.copytree(out, tmp_path / "broken")
+    sft.main([*flags, str(out)])
+    real = sft.get_lr
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "get_lr", lambda step, *rest, **options: real(step, *rest, **options) / (step != 6))
+        with pytest.raises(ZeroDivisionError):
+            sft.main([*flags, str(tmp_path / "broken")])
+    saved = {p.name: p.read_bytes() for p in qwen3.folder.iterdir()}
+    GPT(qwen3.model.config).save_pretrained(qwen3.folder)               # another model in the base's place
+    (qwen3.folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match="was started from another"):
+        sft.main([*flags, str(tmp_path / "broken"), "--resume"])
+    (qwen3.folder / "model.safetensors").unlink()
+    for name, data in saved.items():
+        (qwen3.folder / name).write_bytes(data)
+    sft.main([*flags, str(tmp_path / "broken"), "--resume"])
+    assert len(figures_of(out / "sft.jsonl")) == 8
+    tail = lambda folder: [r["loss"] for r in figures_of(folder / "sft.jsonl")[4:]]
+    assert tail(out) == tail(tmp_path / "broken")
+    a, b = (read_tensors(f / "sft/adapter_model.safetensors") for f in (out, tmp_path / "broken"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 # ---------------------------------------------------------------------------------------------
 # LoRA
 # ---------------------------------------------------------------------------------------------
@@ -191,7 +226,7 @@ def test_a_shard_never_leaves_its_folder(qwen3, tmp_path):
 def adapted(model, **options):
     """The model with adapters that do something."""
     cfg = lora(**options)
-    add_lora(model, cfg, "base", weights_hash(model))
+    add_lora(model, cfg, "base")
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.5)
@@ -200,7 +235,7 @@ def adapted(model, **options):
 
 def test_adapters_start_as_nothing_and_train_alone(gpt):
     before, frozen = gpt(IDS), {k: v.clone() for k, v in gpt.state_dict().items()}
-    add_lora(gpt, lora(), "base", "")
+    add_lora(gpt, lora(), "base")
     assert torch.equal(gpt(IDS), before)
     trained = {k for k, p in gpt.named_parameters() if p.requires_grad}
     assert trained == {f"model.layers.{i}.self_attn.{p}_proj.lora_{x}.weight" for i in (0, 1) for p in "qv" for x in "AB"}
@@ -239,7 +274,7 @@ def test_dropout_is_for_training_alone(gpt):
     (dict(dropout=1.0), "lora-dropout 1.0 leaves nothing")])
 def test_impossible_adapters_are_refused(gpt, options, says):
     with pytest.raises(UserError, match=says):
-        add_lora(gpt, lora(**options), "base", "")
+        add_lora(gpt, lora(**options), "base")
 
 
 def test_lora_without_a_model_to_adapt_is_refused(out):
@@ -248,21 +283,21 @@ def test_lora_without_a_model_to_adapt_is_refused(out):
 
 
 def test_an_adapter_comes_back_and_knows_its_base(gpt, tmp_path):
-    gpt.save_pretrained(tmp_path / "elsewhere" / "base")
-    digest = weights_hash(gpt)
+    gpt.save_pretrained(tmp_path / "first" / "base")
     cfg = lora(targets=("q_proj", "up_proj"))
-    add_lora(gpt, cfg, tmp_path / "moved" / "base", digest)
+    add_lora(gpt, cfg, tmp_path / "first" / "base")
     for p in (p for p in gpt.parameters() if p.requires_grad):
         torch.nn.init.normal_(p, std=0.5)
-    save_adapter(tmp_path / "elsewhere" / "adapter", gpt, cfg)
-    again = GPT.from_pretrained(tmp_path / "elsewhere" / "adapter")      # base and adapter were moved together
+    save_adapter(tmp_path / "first" / "adapter", gpt, cfg)
+    shutil.move(tmp_path / "first", tmp_path / "elsewhere")              # base and adapter were moved together
+    again = GPT.from_pretrained(tmp_path / "elsewhere" / "adapter")
     assert_close(again(IDS), gpt(IDS), atol=1e-5, rtol=1e-5)
     shutil.copytree(tmp_path / "elsewhere/adapter", tmp_path / "alone/base")     # its base's name, and no base beside it
-    with pytest.raises(UserError, match="moved/base does not exist"):
+    with pytest.raises(UserError, match="first/base, which is gone or another model now"):
         GPT.from_pretrained(tmp_path / "alone/base")
     torch.nn.init.ones_(again.model.norm.weight)
     again.save_pretrained(tmp_path / "elsewhere" / "base")
-    with pytest.raises(UserError, match="trained over another model than"):
+    with pytest.raises(UserError, match="gone or another model now"):
         GPT.from_pretrained(tmp_path / "elsewhere" / "adapter")
     (tmp_path / "elsewhere/adapter/adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="holds no adapter that was written here"):
@@ -271,7 +306,7 @@ def test_an_adapter_comes_back_and_knows_its_base(gpt, tmp_path):
 
 def test_stage_two_with_lora_stops_and_goes_on(trained, tmp_path, monkeypatch):
     """Adapters alone are saved, the SFT model under them is untouched, and a stopped run ends as an unbroken one."""
-    flags = [*TINY, "--lora-rank", "2", "--save-every", "4", "--steps", "8", "--log-every", "1", "--out"]
+    flags = [*TINY, "--lora-rank", "2", "--lora-dropout", "0.2", "--save-every", "4", "--steps", "8", "--log-every", "1", "--out"]
     for name in ("whole", "broken"):
         shutil.copytree(trained, tmp_path / name, ignore=shutil.ignore_patterns("dpo*", "control*"))
     dpo.main([*flags, str(tmp_path / "whole")])
