@@ -108,11 +108,26 @@ def load_init(cfg, vqgan, device):
         if first_new > model.config.vocab_size:
             raise UserError(f"{cfg.init}/tokenizer.json has {first_new} tokens, the embedding only "
                             f"{model.config.vocab_size} rows: the two do not belong together")
-        torch.manual_seed(cfg.seed)
         model.grow(first_new, vocab.size)
     if cfg.lora_rank:
         add_lora(model, cfg, cfg.init, first_new)
     return model, vocab
+
+
+def make_model(cfg, vqgan, records, device):
+    """The GPT to train and its vocabulary: --init's, or random weights and a vocabulary of the records' texts."""
+    torch.manual_seed(cfg.seed)
+    if cfg.init:
+        model, vocab = load_init(cfg, vqgan, device)
+    else:
+        vocab = Vocabulary.train(all_texts(records), vqgan.config.codebook_size, cfg.text_vocab)
+        model = GPT(GPTConfig(vocab.size, **SHAPES[cfg.preset])).to(device)
+    longest = 2 * vqgan.config.grid ** 2 + 2 * MAX_TEXT
+    vars(model.config).update(
+        max_position_embeddings=max(longest, model.config.max_position_embeddings), pad_token_id=vocab.pad,
+        bos_token_id=vocab.bos, eos_token_id=vocab.eos, image_token_start=vocab.image_start,
+        vqgan_hash=weights_hash(vqgan), data=data_name(cfg))
+    return model.train(), vocab
 
 
 def pick_task(study, shares, rng):
@@ -191,9 +206,8 @@ def train(cfg):
     if not cfg.init and vqgan.config.data != image_source(cfg):
         raise UserError(f"{cfg.out}/vqgan was trained on {vqgan.config.data}, not on {image_source(cfg)}: "
                         "name another --out, or remove the folder to train it again")
-    if cfg.init:
-        model, vocab = load_init(cfg, vqgan, device)
     data = open_data(cfg)
+    model, vocab = make_model(cfg, vqgan, data["train"], device)
     studies = encode_records(data["train"], vqgan, cfg.channels, cfg.seed, device, autocast, "encoding records")
     studies = [s for s in studies if any(shares[t] > 0 for t in s.tasks)]
     val = encode_records([data["val"][i] for i in range(min(cfg.val_records, len(data["val"])))],
@@ -201,18 +215,7 @@ def train(cfg):
     if not studies:
         raise UserError("no training record serves a task whose share is above 0; raise --report-share or another")
 
-    phrases = lexicon(data["train"])
-    if not cfg.init:
-        torch.manual_seed(cfg.seed)
-        vocab = Vocabulary.train(all_texts(data["train"]), vqgan.config.codebook_size, cfg.text_vocab)
-        model = GPT(GPTConfig(vocab.size, **SHAPES[cfg.preset])).to(device)
-    longest = 2 * len(studies[0].codes) + 2 * MAX_TEXT
-    vars(model.config).update(
-        max_position_embeddings=max(longest, model.config.max_position_embeddings), pad_token_id=vocab.pad,
-        bos_token_id=vocab.bos, eos_token_id=vocab.eos, image_token_start=vocab.image_start,
-        vqgan_hash=weights_hash(vqgan), data=data_name(cfg))
-    model.train()
-    trained = trained_parameters(model)
+    phrases, trained = lexicon(data["train"]), trained_parameters(model)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, cfg.weight_decay)
     folder, figures = begin_stage(cfg, "sft", [trained], optimizers)
     base_hash = folder_hash(cfg.init) if cfg.init else ""
