@@ -143,11 +143,12 @@ def differences(units, names, metrics=("report/greedy/companion", "report/t1.0/c
 
 def picture(found, names):
     """Hallucination against recall over temperature (greedy, 0.5, 1), one line a recipe, one panel a metric."""
-    panels = []
+    panels, units = [], [u for seeds in found.values() for u in seeds.values()]
+    names = sorted(("sft", *names), key=lambda n: sum(n not in u for u in units))      # what is in all panels: one colour
     for bias, seeds in sorted(found.items(), reverse=True):
         for metric in ("companion", "chair_i"):
             series = {}
-            for name in [n for n in ("sft", *names) if all(n in u for u in seeds.values())]:
+            for name in [n for n in names if all(n in u for u in seeds.values())]:
                 known = lambda v: math.nan if v is None else v
                 points = [[np.mean([known(u[name][f"report/{d}/{m}"][0]) for u in seeds.values()])
                            for m in ("recall", metric)] for d in ("greedy", "t0.5", "t1.0")]
