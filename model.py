@@ -231,10 +231,10 @@ class GPT(nn.Module):
         return {name: self.get_submodule(name) for name in names}
 
     def grow(self, first, size):
-        """Make room for `size` tokens, those from id `first` on new.
+        """Give the tables at least `size` rows; those from `first` on start afresh, spare rows of a larger table too.
 
-        Their rows start at the mean of the old rows, so none is likelier than an average token, and a tenth of
-        the old rows' spread apart, so that they can come to differ."""
+        They start at the mean of the old rows, about as likely as an average token, and a tenth of the old rows'
+        spread apart, so that they can come to differ."""
         for table in self.tables().values():
             old = table.weight.detach()[:first]
             fresh = torch.randn(max(size, len(table.weight)) - first, old.size(1), device=old.device)
@@ -255,7 +255,8 @@ class GPT(nn.Module):
     def from_pretrained(cls, folder, device="cpu"):
         """Read a Qwen3 folder: written here (an adapter is merged into its base), or by transformers, sharded or not.
 
-        Raises UserError for another architecture, and for stretched positions, which this file lacks."""
+        Raises UserError for another architecture, and for what this file lacks of Qwen3's: stretched positions, other
+        activations, sliding windows."""
         if (Path(folder) / "adapter_config.json").exists():
             return load_adapter(folder).to(device)
         config, tensors = load_folder(folder, "sft.py", ("model_type", "qwen3"))
@@ -264,7 +265,7 @@ class GPT(nn.Module):
             found = {"rope_type": rope.get("rope_type", rope.get("type", "default")),
                      "hidden_act": config.get("hidden_act", "silu"), "use_sliding_window": config.get("use_sliding_window", False)}
             if found != (known := {"rope_type": "default", "hidden_act": "silu", "use_sliding_window": False}):
-                raise UserError(f"{folder}/config.json says {found}, and only {known} is written here")
+                raise UserError(f"{folder}/config.json says {found}, and this file implements only {known}")
             # Qwen3's own defaults for what an old config.json leaves out, which are not all ours
             config = {"rope_theta": rope.get("rope_theta", 10000.0), "head_dim": 128, "tie_word_embeddings": False, **config}
             model = cls(make_config(GPTConfig, config, folder))
@@ -281,7 +282,7 @@ def per_token_logps(model, ids, labels):
     ids (B, T); labels (B, T): the ids again inside the response, -100 elsewhere. The shift by one
     happens here. Returns (B, T-1) float32, 0 outside the response; its sum over dim 1 is the sequence
     log-probability. Uniform logits give -log(V) a token. Only response positions pass the output
-    head, which on short answers after long prompts is most of what it would cost."""
+    head: with short answers after long prompts that saves most of its cost."""
     labels = labels[:, 1:]
     counted = labels != -100                                            # (B, T-1)
     h = model.model(ids)[:, :-1][counted]                               # (n, hidden_size)
@@ -421,7 +422,7 @@ def save_adapter(folder, model, cfg):
 
 
 def save_tuned(folder, model, cfg):
-    """Write a fine-tuned GPT: whole, or with LoRA and without --lora-merge what was trained alone."""
+    """Write a fine-tuned GPT: the whole model, or with LoRA only what was trained, unless --lora-merge is given."""
     if cfg.lora_rank and not cfg.lora_merge:
         save_adapter(folder, model, cfg)
     else:

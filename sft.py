@@ -92,8 +92,9 @@ def check_tokenizer(model, vqgan, folder):
 
 
 def load_init(cfg, vqgan, device):
-    """Model and vocabulary of --init: ours as they are, any other Qwen3's with our tokens appended; adapters for LoRA.
+    """Model and vocabulary of --init: ours as they are, any other Qwen3's with our tokens appended.
 
+    With --lora-rank adapters are put on.
     Raises UserError where tokenizer and model, or model and image tokenizer, do not fit."""
     if Path(cfg.out).resolve() in Path(cfg.init).resolve().parents:
         raise UserError(f"--init {cfg.init} lies in --out {cfg.out}, where this run would write over it or over its base: "
@@ -104,7 +105,7 @@ def load_init(cfg, vqgan, device):
         vocab = Vocabulary.load(cfg.init)
     else:
         vocab = Vocabulary.extend(cfg.init, vqgan.config.codebook_size)
-        first_new = vocab.eos
+        first_new = vocab.eos                                # the first token that extend() appends
         if first_new > model.config.vocab_size:
             raise UserError(f"{cfg.init}/tokenizer.json has {first_new} tokens, the embedding only "
                             f"{model.config.vocab_size} rows: the two do not belong together")
@@ -122,6 +123,7 @@ def make_model(cfg, vqgan, records, device):
     else:
         vocab = Vocabulary.train(all_texts(records), vqgan.config.codebook_size, cfg.text_vocab)
         model = GPT(GPTConfig(vocab.size, **SHAPES[cfg.preset])).to(device)
+    # the longest prompt with its response: two images, an instruction and a text
     longest = 2 * vqgan.config.grid ** 2 + 2 * MAX_TEXT
     vars(model.config).update(
         max_position_embeddings=max(longest, model.config.max_position_embeddings), pad_token_id=vocab.pad,
