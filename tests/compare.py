@@ -31,6 +31,7 @@ SCALE = {"vqgan": [], "sft": ["--steps", "1300", "--val-every", "130"],
          "dpo": ["--steps", "200", "--pairs", "3200", "--rehearsal-records", "3200"],
          "sample": ["--n", "1000", "--seed", "7"]}
 TABLE = {"control": "--objective sft", "dpo": "--objective dpo", "bidpo": "", "bidpo-c2": "--conditional-weight 2",
+         "bidpo-t0": "--text-weight 0 --sft-weight 1",       # no preference between reports, and the control's SFT term
          "mdpo": "--objective mdpo", "mfpo": "--objective mfpo", "napo": "--objective napo", "rndpo": "--objective rndpo"}
 # What the papers claim, one variant each. On these pairs mdpo is mfpo without its curriculum.
 CLAIMS = {"bidpo-own": "--rejected own", "bidpo-strict": "--conditional-weight 0 --anchor-weight 0",
@@ -39,7 +40,7 @@ CLAIMS = {"bidpo-own": "--rejected own", "bidpo-strict": "--conditional-weight 0
           **{f"rndpo-judge{p}": f"--objective rndpo --judge-noise 0.{p}" for p in (2, 4)},
           **{f"rndpo-random-judge{p}": f"--objective rndpo --mining random --judge-noise 0.{p}" for p in (0, 2, 4)},
           **{f"mask-dpo-judge{p}": f"--objective rndpo --no-normalise --beta 0.1 --judge-noise 0.{p}" for p in (0, 2, 4)},
-          **{f"mfpo-{k}": f"--objective mfpo --distort {k}" for k in ("region-noise", "crop", "noise")}}
+          **{f"mdpo-{k}": f"--objective mdpo --distort {k}" for k in ("region-noise", "crop", "noise")}}
 RECIPES = TABLE | CLAIMS
 ROWS = {"report/greedy/companion": "companion hallucination ↓, greedy", "report/t1.0/companion": "the same, T = 1 ↓",
         "report/greedy/chair_i": "CHAIR_i ↓, greedy", "report/t1.0/chair_i": "CHAIR_i ↓, T = 1",
