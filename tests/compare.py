@@ -3,6 +3,7 @@
     python -m tests.compare                                       the whole table; goes on where it stopped
     python -m tests.compare --bias 0.9 --seeds 0 --recipes control bidpo      a part of it
     python -m tests.compare --table                               only the tables and the picture, from the results
+    python -m tests.compare --table --bias 0 --seeds 0            only this unit's table, with what was tried there alone
 
 A unit is one benchmark (--bias) and one seed: its own data, SFT model and pairs. Units share the image tokenizer
 and the judge; recipes share everything else. Each model's test figures go to .github/results, the
@@ -23,7 +24,7 @@ import dpo
 import sample
 import sft
 import vqgan
-from model import UserError, read_log, run, write_text
+from model import UserError, read_log, read_tensors, run, write_text
 
 ROOT = Path(__file__).parents[1]
 # Half the default length of stage 1, two thirds of stage 2's steps, pairs and rehearsal: minutes a recipe on one core.
@@ -35,6 +36,7 @@ TABLE = {"control": "--objective sft", "dpo": "--objective dpo", "bidpo": "", "b
          "mdpo": "--objective mdpo", "mfpo": "--objective mfpo", "napo": "--objective napo", "rndpo": "--objective rndpo"}
 # What the papers claim, one variant each. On these pairs mdpo is mfpo without its curriculum.
 CLAIMS = {"bidpo-own": "--rejected own", "bidpo-strict": "--conditional-weight 0 --anchor-weight 0",
+          "bidpo-text0": "--text-weight 0", "bidpo-t0-add": "--text-weight 0 --sft-weight 1 --distort remove remove add",
           "dpo-own": "--objective dpo --rejected own",
           **{f"{o}-flip{p}": f"--objective {o} --flip-pairs 0.{p}" for p in (10, 20, 30) for o in ("dpo", "napo")},
           **{f"rndpo-judge{p}": f"--objective rndpo --judge-noise 0.{p}" for p in (2, 4)},
@@ -42,6 +44,10 @@ CLAIMS = {"bidpo-own": "--rejected own", "bidpo-strict": "--conditional-weight 0
           **{f"mask-dpo-judge{p}": f"--objective rndpo --no-normalise --beta 0.1 --judge-noise 0.{p}" for p in (0, 2, 4)},
           **{f"mdpo-{k}": f"--objective mdpo --distort {k}" for k in ("region-noise", "crop", "noise")}}
 RECIPES = TABLE | CLAIMS
+# What the claims compare with each other, not with the control: their paired differences are kept too.
+VERSUS = [("mfpo", "mdpo"), ("mdpo-region-noise", "mdpo"), ("mdpo-crop", "mdpo"), ("mdpo-noise", "mdpo"), ("napo", "dpo"),
+          ("napo-flip30", "dpo-flip30"), ("dpo-flip30", "dpo"), ("napo-flip30", "napo"), ("rndpo-judge4", "rndpo"),
+          ("mask-dpo-judge4", "mask-dpo-judge0"), ("rndpo", "mask-dpo-judge0"), ("rndpo-judge4", "mask-dpo-judge4")]
 ROWS = {"report/greedy/companion": "companion hallucination ↓, greedy", "report/t1.0/companion": "the same, T = 1 ↓",
         "report/greedy/chair_i": "CHAIR_i ↓, greedy", "report/t1.0/chair_i": "CHAIR_i ↓, T = 1",
         "report/greedy/chair_s": "CHAIR_s ↓, greedy", "report/t1.0/chair_s": "CHAIR_s ↓, T = 1",
@@ -95,7 +101,19 @@ def collect(out):
         if name != "sft":                          # drift: over the last log lines, as one batch is noisy
             drift = {k: round(float(np.mean([r[k] for r in rows])), 3) for k in rows[-1] if k.startswith("drift/")}
             results[name] |= {k: [v, None, None, None] for k, v in (drift | {"seconds": rows[-1]["seconds"]}).items()}
+    for a, b in VERSUS:
+        if a in results and b in results:
+            results[f"{a} minus {b}"] = paired(*(read_tensors(out / "eval" / f"{n}.safetensors") for n in (a, b)))
     return results
+
+
+def paired(a, b):
+    """{metric: [None, value, low, high]} of the difference between two models, from what `sample.evaluate_model` keeps:
+
+    of each metric its value, the number of records and its value in every resample, the same ones for all models."""
+    summary = lambda d: sample.summarize((d[0], d[2:], None))
+    found = {k: summary((a[k] - b[k]).numpy()) for k in ROWS if k in a and k in b and len(a[k]) > 2}
+    return {k: [None, *(f[e] for e in ("value", "low", "high"))] for k, f in found.items()}
 
 
 def read_results(folder):
@@ -134,11 +152,14 @@ def table(units, names):
 
 def differences(units, names, metrics=("report/greedy/companion", "report/t1.0/companion", "report/greedy/chair_i",
                                        "report/t1.0/chair_i", "report/greedy/recall", "generate/cfg1/f1")):
-    """Markdown: the difference of each recipe to the control, seed by seed, with its paired 95 % interval."""
-    lines = ["| recipe − control | " + " | ".join(ROWS[m] for m in metrics) + " |", "| --- |" + " --- |" * len(metrics)]
+    """Markdown: the difference of each recipe to the control, seed by seed, with its paired 95 % interval.
+
+    A name "a minus b" stands for the difference between these two."""
+    lines = ["| difference | " + " | ".join(ROWS[m] for m in metrics) + " |", "| --- |" + " --- |" * len(metrics)]
     show = lambda f: f"{f[1]:+.3f} [{f[2]:+.3f}, {f[3]:+.3f}]" if f and f[1] is not None else "-"
     for name in [n for n in names if n not in ("sft", "control") and all(n in u for u in units)]:
-        lines.append(f"| {name} | " + " | ".join("<br>".join(show(u[name].get(m)) for u in units) for m in metrics) + " |")
+        title = name.replace(" minus ", " − ") if " minus " in name else f"{name} − control"
+        lines.append(f"| {title} | " + " | ".join("<br>".join(show(u[name].get(m)) for u in units) for m in metrics) + " |")
     return "\n".join(lines)
 
 
@@ -187,10 +208,14 @@ def main(argv=None):
     if not found:
         raise UserError(f"{cfg.results} holds no result yet; run `python -m tests.compare` without --table first")
     for bias, seeds in sorted(found.items(), reverse=True):
-        units = list(seeds.values())
+        seeds = {s: u for s, u in seeds.items() if bias in cfg.bias and s in cfg.seeds}
+        if not (units := list(seeds.values())):
+            continue
         print(f"\n--bias {bias:g}, seeds {' '.join(map(str, seeds))}\n\n{table(units, TABLE)}\n\n{differences(units, TABLE)}")
         if any(all(n in u for u in units) for n in CLAIMS):
             print(f"\n{table(units, RECIPES)}")
+        if between := [n for n in (f"{a} minus {b}" for a, b in VERSUS) if all(n in u for u in units)]:
+            print(f"\n{differences(units, between, (*list(ROWS)[:3], 'report/greedy/recall', 'segment/dice'))}")
     picture(found, TABLE).save(cfg.results.parent / "compare.png")
 
 

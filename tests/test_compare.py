@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 from model import UserError
@@ -33,7 +34,18 @@ def test_a_recipe_without_results_in_every_seed_is_left_out():
 
 def test_differences_seed_by_seed():
     rows = compare.differences([unit(-0.3, -0.1), unit(0.0, 0.2)], ["control", "dpo"]).splitlines()
-    assert len(rows) == 3 and "| dpo | -0.200 [-0.300, -0.100]<br>+0.100 [+0.000, +0.200] |" in rows[2]
+    assert len(rows) == 3 and "| dpo − control | -0.200 [-0.300, -0.100]<br>+0.100 [+0.000, +0.200] |" in rows[2]
+
+
+def test_what_claims_compare_with_each_other_is_paired():
+    """Value, n, resamples: by hand the differences of the resamples give the interval; a count has none."""
+    a = {"report/greedy/recall": torch.tensor([0.5, 10.0, 0.4, 0.6, 0.5]), "report/greedy/distinct": torch.tensor([7.0, 10.0])}
+    b = {"report/greedy/recall": torch.tensor([0.4, 10.0, 0.4, 0.4, 0.4]), "report/greedy/distinct": torch.tensor([9.0, 10.0])}
+    found = compare.paired(a, b)
+    assert found.keys() == {"report/greedy/recall"}
+    assert found["report/greedy/recall"] == pytest.approx([None, 0.1, 0.005, 0.195], abs=1e-6)
+    rows = compare.differences([{"mfpo minus mdpo": found}], ["mfpo minus mdpo"], ["report/greedy/recall"]).splitlines()
+    assert rows[2] == "| mfpo − mdpo | +0.100 [+0.005, +0.195] |"
 
 
 def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys):
@@ -47,12 +59,13 @@ def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys)
     compare.main([*flags, "control"])
     written = tmp_path / "r/results/bias0.9-seed0.json"
     first, made = json.loads(written.read_text()), (folder / "control/model.safetensors").stat().st_mtime_ns
-    compare.main([*flags, "control", "dpo"])
+    compare.main([*flags, "control", "dpo", "dpo-flip30"])
     second = json.loads(written.read_text())
-    assert second.keys() == {"sft", "control", "dpo"} and second["control"] == first["control"]
+    assert second.keys() == {"sft", "control", "dpo", "dpo-flip30", "dpo-flip30 minus dpo"} and second["control"] == first["control"]
     assert (folder / "control/model.safetensors").stat().st_mtime_ns == made
     assert len(second["dpo"]["report/greedy/recall"]) == 4 and second["dpo"]["seconds"][0] >= 0
-    assert "| metric | sft | control | dpo |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "| metric | sft | control | dpo |" in said and "| dpo-flip30 − dpo | " in said
     assert Image.open(tmp_path / "r/compare.png").width == 1120
 
 
