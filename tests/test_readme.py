@@ -1,5 +1,6 @@
 """The README keeps its word: its flags exist, its commands run, its files are there."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -14,6 +15,7 @@ import sample
 import sft
 import vqgan
 from data import Phantoms
+from tests import captioning, compare
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -53,6 +55,15 @@ def test_every_flag_named_in_the_readme_exists():
 def test_every_file_named_in_the_readme_exists():
     for path in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\":]+)\"", README):
         assert (ROOT / "".join(path)).exists(), path
+
+
+def test_the_tables_are_those_that_the_runners_make():
+    """No figure of a comparison is typed in: each comes out of the result files that lie beside."""
+    results = ROOT / ".github" / "results"
+    for seeds in compare.read_results(results).values():
+        assert compare.table(list(seeds.values()), compare.TABLE) in README
+    for found in json.loads((results / "captioning.json").read_text()).values():
+        assert captioning.table(found) in README
 
 
 def test_the_folder_commands_run_on_a_toy_folder(tmp_path, monkeypatch):
