@@ -1,6 +1,6 @@
 """Full fine-tuning against LoRA, as a captioning study compared them (IEEE ICMI 2025, document 11141312).
 
-    python -m tests.captioning --base out                       adapt out/sft to phantoms of other patients
+    python -m tests.captioning --base out                       adapt out/sft to phantoms of other patients, without language bias
     python -m tests.captioning --base out --data DIR            ... to a folder of images and captions
     python -m tests.captioning --table                          the tables, from .github/results/captioning.json
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import sample
-from model import UserError, init_run, read_log, read_tensors, run, write_text
+from model import UserError, folder_hash, init_run, read_log, read_tensors, run, write_text
 from sft import load_gpt
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ METHODS = {"full": ["--lr", "2e-3", "--muon-lr", "1e-2"], "LoRA q,v": ["--lora-r
 REPORTS = ["--report-share", "1", "--generate-share", "0", "--ask-share", "0", "--segment-share", "0", "--batch-size", "32"]
 ROWS = {"bleu1": "BLEU-1", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "meteor": "METEOR", "cider": "CIDEr",
         "f1": "finding F1", "chair_i": "CHAIR_i ↓", "modality": "modality right", "body_part": "body part right",
-        "trained": "trained parameters", "memory": "peak memory, MB", "step": "seconds a step"}
+        "trained": "trained parameters", "memory": "peak memory of the process, MB", "step": "seconds a step"}
 
 
 def adapt(folder, flags):
@@ -53,6 +53,11 @@ def measure(folder, bench, vqgan, device, autocast):
     return {k: found[f"report/greedy/{k}"][0] for k in ROWS if f"report/greedy/{k}" in found}
 
 
+def data_name(cfg):
+    """The folder's name, or "phantoms"."""
+    return Path(cfg.data).resolve().name if cfg.data else "phantoms"
+
+
 def compare(cfg):
     """{method: {metric: [value, one a seed]}} on one data set; "before" is the base as it was."""
     bench_cfg = sample.SampleConfig(data=cfg.data, out=str(cfg.base), seed=7, bias=0.0, n=cfg.n, records=cfg.records,
@@ -63,14 +68,14 @@ def compare(cfg):
     costs = {}
     for seed in cfg.seeds:        # all training first: a process starts with the peak memory of the one that calls it
         for method, own in METHODS.items():
-            folder = cfg.out / f"{Path(cfg.data).name or 'phantoms'} {method} {seed}".replace(" ", "-")
+            folder = cfg.out / f"{data_name(cfg)} {method} {seed}".replace(" ", "-")
             flags = ["--init", cfg.base / "sft", "--preset", cfg.preset, "--data", cfg.data, "--bias", 0, *shape, *REPORTS, *own,
                      "--records", cfg.records, "--steps", cfg.steps, "--val-every", cfg.steps,
                      "--seed", 100 + seed]                 # phantoms are drawn from the seed: other patients than the base's
-            path, flags = folder / "cost.json", list(map(str, flags))
-            if not path.exists() or json.loads(path.read_text())["flags"] != flags:
-                cost = adapt(folder, flags)
-                write_text(path, json.dumps(cost | {"flags": flags}) + "\n")
+            path, recipe = folder / "cost.json", {"base": folder_hash(cfg.base / "sft"), "flags": list(map(str, flags))}
+            if not path.exists() or not recipe.items() <= json.loads(path.read_text()).items():
+                cost = adapt(folder, recipe["flags"])
+                write_text(path, json.dumps(cost | recipe) + "\n")
             costs[folder] = method, json.loads(path.read_text())
     bench = sample.make_benchmark(dataclasses.replace(bench_cfg, out=str(cfg.out)), vqgan, device, autocast)
     results = {"before": {k: [v] for k, v in measure(cfg.base / "sft", bench, vqgan, device, autocast).items()}}
@@ -109,10 +114,12 @@ def main(argv=None):
     parser.add_argument("--preset", default="small", choices=("tiny", "small"), help="tiny: seconds, for tests")
     parser.add_argument("--table", action="store_true", help="train nothing, show what the results hold")
     cfg = parser.parse_args(argv)
+    if cfg.preset == "tiny" and cfg.results == parser.get_default("results"):
+        raise UserError("--preset tiny would replace the measured figures: name another folder with --results")
     path = cfg.results / "captioning.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if not cfg.table:
-        results[Path(cfg.data).name or "phantoms"] = compare(cfg)
+        results[data_name(cfg)] = compare(cfg)
         cfg.results.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(results, separators=(",", ":")).replace("},", "},\n") + "\n")
     for name, found in results.items():

@@ -45,10 +45,11 @@ CLAIMS = {"bidpo-own": "--rejected own", "bidpo-strict": "--conditional-weight 0
           **{f"mdpo-{k}": f"--objective mdpo --distort {k}" for k in ("region-noise", "crop", "noise")}}
 RECIPES = TABLE | CLAIMS
 # What the claims compare with each other, not with the control: their paired differences are kept too.
-VERSUS = [("mfpo", "mdpo"), ("mdpo-region-noise", "mdpo"), ("mdpo-crop", "mdpo"), ("mdpo-noise", "mdpo"), ("napo", "dpo"),
-          ("napo-flip30", "dpo-flip30"), ("dpo-flip30", "dpo"), ("napo-flip30", "napo"), ("rndpo-judge4", "rndpo"),
-          ("mask-dpo-judge4", "mask-dpo-judge0"), ("rndpo", "mask-dpo-judge0"), ("rndpo-judge4", "mask-dpo-judge4")]
-ROWS = {"report/greedy/companion": "companion hallucination ↓, greedy", "report/t1.0/companion": "the same, T = 1 ↓",
+VERSUS = [("bidpo-c2", "bidpo"), ("bidpo-t0", "bidpo"), ("bidpo-text0", "bidpo"), ("mfpo", "mdpo"), ("napo", "dpo"),
+          ("mdpo-region-noise", "mdpo-crop"), ("mdpo-crop", "mdpo-noise"), ("mdpo-region-noise", "mdpo-noise"), ("mdpo", "mdpo-noise"),
+          ("dpo-flip30", "dpo"), ("napo-flip30", "napo"), ("napo-flip30", "dpo-flip30"), ("rndpo", "mask-dpo-judge0"),
+          ("rndpo-judge4", "rndpo"), ("mask-dpo-judge4", "mask-dpo-judge0"), ("rndpo-judge4", "mask-dpo-judge4")]
+ROWS = {"report/greedy/companion": "companion hallucination ↓, greedy", "report/t1.0/companion": "companion hallucination ↓, T = 1",
         "report/greedy/chair_i": "CHAIR_i ↓, greedy", "report/t1.0/chair_i": "CHAIR_i ↓, T = 1",
         "report/greedy/chair_s": "CHAIR_s ↓, greedy", "report/t1.0/chair_s": "CHAIR_s ↓, T = 1",
         "report/greedy/recall": "recall, greedy", "report/t1.0/recall": "recall, T = 1",
@@ -91,7 +92,7 @@ def borrow(source, target):
 
 
 def collect(out):
-    """{model: {metric: [value, low, high of the difference to the control]}} of a unit, only what the tables show."""
+    """{model: {metric: [value, its difference to the control, low, high]}} of a unit, only what the tables show."""
     written, results = json.loads((out / "eval.json").read_text()), {}
     for name in [n for n in written if n != "vqgan" and not n.endswith(" minus control")]:
         difference = written.get(f"{name} minus control", {})
@@ -108,12 +109,16 @@ def collect(out):
 
 
 def paired(a, b):
-    """{metric: [None, value, low, high]} of the difference between two models, from what `sample.evaluate_model` keeps:
+    """{metric: [None, difference, low, high]} of two models, from what `sample.evaluate_model` keeps of each metric:
 
-    of each metric its value, the number of records and its value in every resample, the same ones for all models."""
-    summary = lambda d: sample.summarize((d[0], d[2:], None))
-    found = {k: summary((a[k] - b[k]).numpy()) for k in ROWS if k in a and k in b and len(a[k]) > 2}
-    return {k: [None, *(f[e] for e in ("value", "low", "high"))] for k, f in found.items()}
+    its value, the number of records, and its value in every resample, the same resamples for all models."""
+    found = {}
+    for k in ROWS:
+        if k in a and k in b and len(a[k]) > 2:
+            difference = (a[k] - b[k]).numpy()
+            summary = sample.summarize((difference[0], difference[2:], None))
+            found[k] = [None, summary["value"], summary["low"], summary["high"]]
+    return found
 
 
 def read_results(folder):
@@ -196,6 +201,8 @@ def main(argv=None):
     parser.add_argument("--preset", default="small", choices=("tiny", "small"), help="tiny: seconds, for tests")
     parser.add_argument("--table", action="store_true", help="train nothing, show what the results hold")
     cfg = parser.parse_args(argv)
+    if cfg.preset == "tiny" and cfg.results == parser.get_default("results"):
+        raise UserError("--preset tiny would mix its figures with the measured ones: name another folder with --results")
     for seed in [] if cfg.table else cfg.seeds:
         for bias in cfg.bias:
             unit = f"bias{bias:g}-seed{seed}"

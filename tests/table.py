@@ -1,7 +1,7 @@
 """The README's table from several evaluations, one a seed: `python -m tests.table EVAL.json ...`
 
-Prints Markdown: for each metric the mean over seeds for SFT, control and DPO, and the difference of DPO to the
-control, seed by seed, in bold where the seed's paired 95 % interval excludes 0."""
+Prints Markdown: for each metric the mean over seeds for SFT, control and bidpo (out/dpo), and bidpo's difference to
+the control, seed by seed, in bold where the seed's paired 95 % interval excludes 0."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ def main(paths):
     """Print the table of the eval.json files in paths."""
     seeds = [json.loads(Path(p).read_text()) for p in paths]
     show = lambda v: f"{v:.0f}" if abs(v) >= 10 else f"{v:.3f}"
-    print("| metric | SFT | control | DPO | DPO − control, seed by seed |\n| --- | ---: | ---: | ---: | --- |")
+    print("| metric | SFT | control | bidpo | bidpo − control, seed by seed |\n| --- | ---: | ---: | ---: | --- |")
     for metric, name in ROWS:
         means = [sum(s[m][metric]["value"] for s in seeds) / len(seeds) for m in ("sft", "control", "dpo")]
         differences = [s["dpo minus control"].get(metric) for s in seeds]

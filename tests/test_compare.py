@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from model import UserError
-from tests import compare
+from tests import captioning, compare
 
 
 def unit(low, high, value=0.25):
@@ -72,6 +72,12 @@ def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys)
 def test_a_table_of_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no result yet"):
         compare.main(["--table", "--results", str(tmp_path)])
+
+
+def test_tiny_figures_do_not_mix_with_the_measured_ones():
+    for runner in (compare, captioning):
+        with pytest.raises(UserError, match="another folder with --results"):
+            runner.main(["--preset", "tiny"])
 
 
 def test_every_recipe_is_a_command_of_dpo():
