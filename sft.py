@@ -139,7 +139,7 @@ def pick_task(study, shares, rng):
 
 
 def make_batch(studies, cfg, shares, vocab, step, device):
-    """The batch of a step: ids and labels (B, T). A pure function of (seed, step)."""
+    """The batch of a step: ids and labels (B, T), drawn from (seed, step) alone, so a resumed run sees the same."""
     rng = np.random.default_rng([cfg.seed, 3, step])
     chosen = [studies[i] for i in batch_indices(len(studies), cfg.batch_size, step, cfg.seed)]
     examples = [make_example(s, pick_task(s, shares, rng), vocab, rng, cfg.empty_share) for s in chosen]
