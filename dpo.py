@@ -67,7 +67,7 @@ class DPOConfig(TuneConfig):
 
     objective: str = arg("bidpo", "bidpo, dpo, mdpo, mfpo, napo, rndpo; sft: the control, chosen sequences alone",
                          choices=("bidpo", "dpo", "mdpo", "mfpo", "napo", "rndpo", "sft"))
-    name: str = arg("", "folder under --out for the result; empty: dpo, whichever the objective, or control for sft")
+    name: str = arg("", "folder under --out for the result; empty: control for --objective sft, dpo for every other")
     steps: int = arg(300, "optimizer steps")
     batch_size: int = arg(16, "pairs a step")
     pairs: int = arg(4800, "pairs to build, from as many training records")

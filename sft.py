@@ -94,8 +94,8 @@ def check_tokenizer(model, vqgan, folder):
 def load_init(cfg, vqgan, device):
     """Model and vocabulary of --init: ours as they are, any other Qwen3's with our tokens appended.
 
-    With --lora-rank adapters are put on.
-    Raises UserError where tokenizer and model, or model and image tokenizer, do not fit."""
+    With --lora-rank, adapters are added to the model. Raises UserError where tokenizer and model, or model and image
+    tokenizer, do not fit."""
     if Path(cfg.out).resolve() in Path(cfg.init).resolve().parents:
         raise UserError(f"--init {cfg.init} lies in --out {cfg.out}, where this run would write over it or over its base: "
                         "name another --out")

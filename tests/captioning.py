@@ -65,18 +65,19 @@ def compare(cfg):
     device, autocast = init_run(bench_cfg)
     vqgan = sample.load_tokenizer(bench_cfg, device)
     shape = ["--image-size", bench_cfg.image_size, "--channels", bench_cfg.channels]
-    costs = {}
+    costs, base = {}, folder_hash(cfg.base / "sft")
     for seed in cfg.seeds:        # all training first: a process starts with the peak memory of the one that calls it
         for method, own in METHODS.items():
             folder = cfg.out / f"{data_name(cfg)} {method} {seed}".replace(" ", "-")
             flags = ["--init", cfg.base / "sft", "--preset", cfg.preset, "--data", cfg.data, "--bias", 0, *shape, *REPORTS, *own,
                      "--records", cfg.records, "--steps", cfg.steps, "--val-every", cfg.steps,
                      "--seed", 100 + seed]                 # phantoms are drawn from the seed: other patients than the base's
-            path, recipe = folder / "cost.json", {"base": folder_hash(cfg.base / "sft"), "flags": list(map(str, flags))}
-            if not path.exists() or not recipe.items() <= json.loads(path.read_text()).items():
-                cost = adapt(folder, recipe["flags"])
-                write_text(path, json.dumps(cost | recipe) + "\n")
-            costs[folder] = method, json.loads(path.read_text())
+            path, recipe = folder / "cost.json", {"base": base, "flags": list(map(str, flags))}
+            kept = json.loads(path.read_text()) if path.exists() else {}
+            if any(kept.get(k) != v for k, v in recipe.items()):
+                kept = adapt(folder, recipe["flags"]) | recipe
+                write_text(path, json.dumps(kept) + "\n")
+            costs[folder] = method, kept
     bench = sample.make_benchmark(dataclasses.replace(bench_cfg, out=str(cfg.out)), vqgan, device, autocast)
     results = {"before": {k: [v] for k, v in measure(cfg.base / "sft", bench, vqgan, device, autocast).items()}}
     for folder, (method, cost) in costs.items():

@@ -3,7 +3,7 @@
     python -m tests.compare                                       the whole table; goes on where it stopped
     python -m tests.compare --bias 0.9 --seeds 0 --recipes control bidpo      a part of it
     python -m tests.compare --table                               only the tables and the picture, from the results
-    python -m tests.compare --table --bias 0 --seeds 0            only this unit's table, with what was tried there alone
+    python -m tests.compare --table --bias 0 --seeds 0            one unit's tables, including recipes that it alone has
 
 A unit is one benchmark (--bias) and one seed: its own data, SFT model and pairs. Units share the image tokenizer
 and the judge; recipes share everything else. Each model's test figures go to .github/results, the
@@ -34,7 +34,8 @@ SCALE = {"vqgan": [], "sft": ["--steps", "1300", "--val-every", "130"],
 TABLE = {"control": "--objective sft", "dpo": "--objective dpo", "bidpo": "", "bidpo-c2": "--conditional-weight 2",
          "bidpo-t0": "--text-weight 0 --sft-weight 1",       # no preference between reports, and the control's SFT term
          "mdpo": "--objective mdpo", "mfpo": "--objective mfpo", "napo": "--objective napo", "rndpo": "--objective rndpo"}
-# What the papers claim, one variant each. On these pairs mdpo is mfpo without its curriculum.
+# What the papers claim, and why the preference between reports costs (text0, add, own). On these pairs mdpo is mfpo
+# without its curriculum; mask-dpo is rndpo without its normalisation, at DPO's β.
 CLAIMS = {"bidpo-own": "--rejected own", "bidpo-strict": "--conditional-weight 0 --anchor-weight 0",
           "bidpo-text0": "--text-weight 0", "bidpo-t0-add": "--text-weight 0 --sft-weight 1 --distort remove remove add",
           "dpo-own": "--objective dpo --rejected own",
@@ -49,6 +50,7 @@ VERSUS = [("bidpo-c2", "bidpo"), ("bidpo-t0", "bidpo"), ("bidpo-text0", "bidpo")
           ("mdpo-region-noise", "mdpo-crop"), ("mdpo-crop", "mdpo-noise"), ("mdpo-region-noise", "mdpo-noise"), ("mdpo", "mdpo-noise"),
           ("dpo-flip30", "dpo"), ("napo-flip30", "napo"), ("napo-flip30", "dpo-flip30"), ("rndpo", "mask-dpo-judge0"),
           ("rndpo-judge4", "rndpo"), ("mask-dpo-judge4", "mask-dpo-judge0"), ("rndpo-judge4", "mask-dpo-judge4")]
+BETWEEN = ("report/greedy/companion", "report/t1.0/companion", "report/greedy/chair_i", "report/greedy/recall", "segment/dice")
 ROWS = {"report/greedy/companion": "companion hallucination ↓, greedy", "report/t1.0/companion": "companion hallucination ↓, T = 1",
         "report/greedy/chair_i": "CHAIR_i ↓, greedy", "report/t1.0/chair_i": "CHAIR_i ↓, T = 1",
         "report/greedy/chair_s": "CHAIR_s ↓, greedy", "report/t1.0/chair_s": "CHAIR_s ↓, T = 1",
@@ -109,12 +111,13 @@ def collect(out):
 
 
 def paired(a, b):
-    """{metric: [None, difference, low, high]} of two models, from what `sample.evaluate_model` keeps of each metric:
+    """{metric: [None, difference, low, high]} of model a minus model b.
 
-    its value, the number of records, and its value in every resample, the same resamples for all models."""
+    a, b: what `sample.evaluate_model` keeps of each metric: its value, the number of records, then its value in every
+    resample, the same resamples for all models."""
     found = {}
     for k in ROWS:
-        if k in a and k in b and len(a[k]) > 2:
+        if k in a and k in b and len(a[k]) > 2:             # more than value and n: it has resamples
             difference = (a[k] - b[k]).numpy()
             summary = sample.summarize((difference[0], difference[2:], None))
             found[k] = [None, summary["value"], summary["low"], summary["high"]]
@@ -211,19 +214,18 @@ def main(argv=None):
             path = cfg.results / f"{unit}.json"
             kept = json.loads(path.read_text()) if path.exists() else {}
             write_text(path, json.dumps(kept | results, separators=(",", ":")).replace("},", "},\n") + "\n")
-    found = read_results(cfg.results)
-    if not found:
+    everything = read_results(cfg.results)
+    found = {b: {s: everything[b][s] for s in cfg.seeds if s in everything[b]} for b in cfg.bias if b in everything}
+    if not any(found.values()):
         raise UserError(f"{cfg.results} holds no result yet; run `python -m tests.compare` without --table first")
     for bias, seeds in sorted(found.items(), reverse=True):
-        seeds = {s: u for s, u in seeds.items() if bias in cfg.bias and s in cfg.seeds}
-        if not (units := list(seeds.values())):
-            continue
+        units = list(seeds.values())
         print(f"\n--bias {bias:g}, seeds {' '.join(map(str, seeds))}\n\n{table(units, TABLE)}\n\n{differences(units, TABLE)}")
         if any(all(n in u for u in units) for n in CLAIMS):
             print(f"\n{table(units, RECIPES)}")
         if between := [n for n in (f"{a} minus {b}" for a, b in VERSUS) if all(n in u for u in units)]:
-            print(f"\n{differences(units, between, (*list(ROWS)[:3], 'report/greedy/recall', 'segment/dice'))}")
-    picture(found, TABLE).save(cfg.results.parent / "compare.png")
+            print(f"\n{differences(units, between, BETWEEN)}")
+    picture(everything, TABLE).save(cfg.results.parent / "compare.png")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def test_differences_seed_by_seed():
 
 
 def test_what_claims_compare_with_each_other_is_paired():
-    """Value, n, resamples: by hand the differences of the resamples give the interval; a count has none."""
+    """Tensors hold value, n, resamples; the interval is that of the resamples' differences. A count has none."""
     a = {"report/greedy/recall": torch.tensor([0.5, 10.0, 0.4, 0.6, 0.5]), "report/greedy/distinct": torch.tensor([7.0, 10.0])}
     b = {"report/greedy/recall": torch.tensor([0.4, 10.0, 0.4, 0.4, 0.4]), "report/greedy/distinct": torch.tensor([9.0, 10.0])}
     found = compare.paired(a, b)

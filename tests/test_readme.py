@@ -58,10 +58,13 @@ def test_every_file_named_in_the_readme_exists():
 
 
 def test_the_tables_are_those_that_the_runners_make():
-    """No figure of a comparison is typed in: each comes out of the result files that lie beside."""
+    """The full tables are what the runners print from the result files; small tables and prose are not checked."""
     results = ROOT / ".github" / "results"
-    for seeds in compare.read_results(results).values():
+    found = compare.read_results(results)
+    assert {bias: sorted(seeds) for bias, seeds in found.items()} == {0.9: [0, 1, 2], 0.0: [0, 1, 2]}
+    for seeds in found.values():
         assert compare.table(list(seeds.values()), compare.TABLE) in README
+    assert compare.differences(list(found[0.9].values()), compare.TABLE) in README
     for found in json.loads((results / "captioning.json").read_text()).values():
         assert captioning.table(found) in README
 
@@ -80,7 +83,6 @@ def test_the_folder_commands_run_on_a_toy_folder(tmp_path, monkeypatch):
 
 def write_toy_folder(folder):
     """Twelve phantoms as an ImageFolder with metadata.jsonl."""
-    import json
     (folder / "train").mkdir(parents=True)
     with open(folder / "train/metadata.jsonl", "w") as f:
         for i, record in enumerate(Phantoms("train", 12)[j] for j in range(12)):
