@@ -736,13 +736,22 @@ def save_state(folder, step, models, optimizers, **figures):
     write_tensors(Path(folder) / "state.safetensors", tensors, {"figures": json.dumps({"step": step, **figures})})
 
 
+def read_figures(folder):
+    """What save_state was told beside the tensors: step, flags and so on."""
+    with safe_open(Path(folder) / "state.safetensors", "pt") as f:
+        return json.loads(f.metadata()["figures"])
+
+
+def other_flags(figures, cfg):
+    """The flags, as one types them, that had other values in a run whose figures are saved."""
+    return [f"--{k.replace('_', '-')}" for k, v in figures.get("flags", {}).items() if run_flags(cfg).get(k) != v]
+
+
 def load_state(folder, models, optimizers):
     """Restore what save_state wrote; returns its step and figures as a dict."""
     path = Path(folder) / "state.safetensors"
     try:
-        tensors = read_tensors(path)
-        with safe_open(path, "pt") as f:
-            figures = json.loads(f.metadata()["figures"])
+        tensors, figures = read_tensors(path), read_figures(folder)
         for i, model in enumerate(models):
             prefix = f"model.{i}."
             model.load_state_dict({k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)})
@@ -768,10 +777,9 @@ def begin_stage(cfg, name, models, optimizers):
     source = next((f for f in (partial, final) if (f / "state.safetensors").exists()), None)
     if cfg.resume and source:
         figures = load_state(source, models, optimizers)
-        other = [k for k, v in figures.get("flags", {}).items() if run_flags(cfg).get(k) != v]
-        if other:
-            raise UserError(f"--resume: {source} was started with other values of --{', --'.join(other)}; use those, "
-                            "or leave out --resume".replace("_", "-"))
+        if other := other_flags(figures, cfg):
+            raise UserError(f"--resume: {source} was started with other values of {', '.join(other)}; use those, "
+                            "or leave out --resume")
         if figures["step"] > cfg.steps:
             raise UserError(f"--resume: {source} has {figures['step']} steps behind it, --steps {cfg.steps} is less; "
                             "name more, or leave out --resume")

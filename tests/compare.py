@@ -24,7 +24,7 @@ import dpo
 import sample
 import sft
 import vqgan
-from model import UserError, read_log, read_tensors, run, write_text
+from model import UserError, cli, other_flags, read_figures, read_log, read_tensors, run, write_text
 
 ROOT = Path(__file__).parents[1]
 # Half the default length of stage 1, two thirds of stage 2's steps, pairs and rehearsal: minutes a recipe on one core.
@@ -77,12 +77,23 @@ def run_unit(out, shared, bias, seed, recipes, preset):
     if not (out / "sft").exists():
         sft.main([*flags, *data, *scale["sft"], "--resume"])
     for name in recipes:
-        if not (out / name).exists():
-            dpo.main([*flags, *data, *scale["dpo"], *RECIPES[name].split(), "--name", name, "--resume"])
+        wanted = [*flags, *data, *scale["dpo"], *RECIPES[name].split(), "--name", name, "--resume"]
+        if (out / name).exists():
+            check_kept(out / name, wanted)
+        else:
+            dpo.main(wanted)
     borrow(shared / "judge", out / "judge")
     sample.main([*flags, "--bias", str(bias), *scale["sample"]])
     borrow(out / "judge", shared / "judge")
     return collect(out)
+
+
+def check_kept(folder, wanted):
+    """Raise UserError if a recipe's folder was made with other flags than wanted: its figures are not the recipe's."""
+    cfg = cli(dpo.DPOConfig, dpo.PRESETS, wanted, None, ("objective", dpo.OBJECTIVE_DEFAULTS))
+    figures = read_figures(folder)
+    if other := other_flags(figures, cfg) + ["--steps"] * (figures["step"] != cfg.steps):
+        raise UserError(f"{folder} was made with other values of {', '.join(other)}; move it away or name another --out")
 
 
 def borrow(source, target):

@@ -48,8 +48,8 @@ def test_what_claims_compare_with_each_other_is_paired():
     assert rows[2] == "| mfpo − mdpo | +0.100 [+0.005, +0.195] |"
 
 
-def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys):
-    """The second call trains only the recipe that is new, and keeps what the first one measured."""
+def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys, monkeypatch):
+    """The second call trains only what is new and keeps what the first one measured; a recipe that changed is refused."""
     folder = tmp_path / "runs" / "bias0.9-seed0"
     folder.mkdir(parents=True)
     for stage in ("vqgan", "sft", "pairs"):
@@ -64,6 +64,9 @@ def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys)
     assert second.keys() == {"sft", "control", "dpo", "dpo-flip30", "dpo-flip30 minus dpo"} and second["control"] == first["control"]
     assert (folder / "control/model.safetensors").stat().st_mtime_ns == made
     assert len(second["dpo"]["report/greedy/recall"]) == 4 and second["dpo"]["seconds"][0] >= 0
+    monkeypatch.setitem(compare.RECIPES, "control", "--objective sft --sft-weight 2 --steps 13")
+    with pytest.raises(UserError, match="control was made with other values of --sft-weight, --steps; move it away"):
+        compare.main([*flags, "control"])
     said = capsys.readouterr().out
     assert "| metric | sft | control | dpo |" in said and "| dpo-flip30 − dpo | " in said
     assert Image.open(tmp_path / "r/compare.png").width == 1120
