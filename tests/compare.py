@@ -43,13 +43,16 @@ CLAIMS = {"bidpo-own": "--rejected own", "bidpo-strict": "--conditional-weight 0
           **{f"rndpo-judge{p}": f"--objective rndpo --judge-noise 0.{p}" for p in (2, 4)},
           **{f"rndpo-random-judge{p}": f"--objective rndpo --mining random --judge-noise 0.{p}" for p in (0, 2, 4)},
           **{f"mask-dpo-judge{p}": f"--objective rndpo --no-normalise --beta 0.1 --judge-noise 0.{p}" for p in (0, 2, 4)},
-          **{f"mdpo-{k}": f"--objective mdpo --distort {k}" for k in ("region-noise", "crop", "noise")}}
+          # each kind of distortion needs pairs of its own: half as many pairs and steps
+          **{f"mdpo-{k}": f"--objective mdpo --distort {k} --steps 100 --pairs 1600"
+             for k in ("remove", "region-noise", "crop", "noise")}}
 RECIPES = TABLE | CLAIMS
 # What the claims compare with each other, not with the control: their paired differences are kept too.
-VERSUS = [("bidpo-c2", "bidpo"), ("bidpo-t0", "bidpo"), ("bidpo-text0", "bidpo"), ("mfpo", "mdpo"), ("napo", "dpo"),
-          ("mdpo-region-noise", "mdpo-crop"), ("mdpo-crop", "mdpo-noise"), ("mdpo-region-noise", "mdpo-noise"), ("mdpo", "mdpo-noise"),
-          ("dpo-flip30", "dpo"), ("napo-flip30", "napo"), ("napo-flip30", "dpo-flip30"), ("rndpo", "mask-dpo-judge0"),
-          ("rndpo-judge4", "rndpo"), ("mask-dpo-judge4", "mask-dpo-judge0"), ("rndpo-judge4", "mask-dpo-judge4")]
+VERSUS = [("bidpo-c2", "bidpo"), ("bidpo-t0", "bidpo"), ("bidpo-text0", "bidpo"), ("bidpo-strict", "bidpo"), ("mfpo", "mdpo"),
+          ("napo", "dpo"), ("mdpo-region-noise", "mdpo-crop"), ("mdpo-crop", "mdpo-noise"), ("mdpo-region-noise", "mdpo-noise"),
+          ("mdpo-remove", "mdpo-region-noise"), ("dpo-flip30", "dpo"), ("napo-flip30", "napo"), ("napo-flip30", "dpo-flip30"),
+          ("rndpo", "mask-dpo-judge0"), ("rndpo-judge4", "rndpo"), ("mask-dpo-judge4", "mask-dpo-judge0"),
+          ("rndpo-judge4", "mask-dpo-judge4")]
 BETWEEN = ("report/greedy/companion", "report/t1.0/companion", "report/greedy/chair_i", "report/greedy/recall", "segment/dice")
 ROWS = {"report/greedy/companion": "companion hallucination ↓, greedy", "report/t1.0/companion": "companion hallucination ↓, T = 1",
         "report/greedy/chair_i": "CHAIR_i ↓, greedy", "report/t1.0/chair_i": "CHAIR_i ↓, T = 1",
