@@ -1,15 +1,16 @@
-"""The README's table from several evaluations, one a seed: `python -m tests.table EVAL.json ...`
+"""The README's first table from several evaluations, one a seed: `python -m tests.table EVAL.json ...`
 
-Prints Markdown: for each metric the mean over seeds for SFT, control and bidpo (out/dpo), and bidpo's difference to
-the control, seed by seed, in bold where the seed's paired 95 % interval excludes 0."""
+Prints Markdown: for each metric the mean over seeds for SFT, control and the two recipes, and each recipe's difference
+to the control, seed by seed, in bold where the seed's paired 95 % interval excludes 0."""
 
 import json
 import sys
 from pathlib import Path
 
-ROWS = [(f"report/{d}/{m}", f"{name}, {d}") for m, name in (
+RECIPES = {"bidpo": "dpo", "bidpo-c2": "bidpo-c2"}           # title: folder under --out
+ROWS = [(f"report/{d}/{m}", f"{name}, {title}") for m, name in (
     ("companion", "companion hallucination ↓"), ("chair_i", "CHAIR_i ↓"), ("chair_s", "CHAIR_s ↓"), ("recall", "recall"),
-    ("f1", "finding F1"), ("laterality", "wrong side ↓")) for d in ("greedy", "t0.5", "t1.0")] + [
+    ("f1", "finding F1"), ("laterality", "wrong side ↓")) for d, title in (("greedy", "greedy"), ("t1.0", "T = 1"))] + [
     ("report/greedy/exact", "exact finding sets, greedy"), ("report/greedy/distinct", "distinct reports, greedy"),
     ("report/greedy/unchanged_by_noise", "unchanged by noise ↓"),
     ("ask/accuracy", "questions right"), ("segment/dice", "Dice, all structures"), ("segment/dice_large", "Dice, large structures"),
@@ -18,17 +19,18 @@ ROWS = [(f"report/{d}/{m}", f"{name}, {d}") for m, name in (
     ("generate/cfg1.5/frechet", "text→image Fréchet distance ↓")]
 
 
-def main(paths):
-    """Print the table of the eval.json files in paths."""
-    seeds = [json.loads(Path(p).read_text()) for p in paths]
+def table(seeds):
+    """Markdown of the contents of eval.json files, one a seed."""
     show = lambda v: f"{v:.0f}" if abs(v) >= 10 else f"{v:.3f}"
-    print("| metric | SFT | control | bidpo | bidpo − control, seed by seed |\n| --- | ---: | ---: | ---: | --- |")
+    differ = lambda d: "" if d is None else f"**{d['value']:+.3f}**" if d["low"] * d["high"] > 0 else f"{d['value']:+.3f}"
+    titles = ["SFT", "control", *RECIPES, *(f"{r} − control, by seed" for r in RECIPES)]
+    lines = ["| metric | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (2 + len(RECIPES)) + " --- |" * len(RECIPES)]
     for metric, name in ROWS:
-        means = [sum(s[m][metric]["value"] for s in seeds) / len(seeds) for m in ("sft", "control", "dpo")]
-        differences = [s["dpo minus control"].get(metric) for s in seeds]
-        shown = [f"**{d['value']:+.3f}**" if d["low"] * d["high"] > 0 else f"{d['value']:+.3f}" for d in differences if d]
-        print(f"| {name} | {' | '.join(map(show, means))} | {' '.join(shown)} |")
+        cells = [show(sum(s[m][metric]["value"] for s in seeds) / len(seeds)) for m in ("sft", "control", *RECIPES.values())]
+        cells += [" ".join(differ(s[f"{r} minus control"].get(metric)) for s in seeds).strip() for r in RECIPES.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print(table([json.loads(Path(p).read_text()) for p in sys.argv[1:]]))
