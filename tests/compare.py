@@ -73,6 +73,9 @@ def run_unit(out, shared, bias, seed, recipes, preset):
     flags = ["--out", str(out), "--preset", preset]
     data = ["--bias", str(bias), "--seed", str(seed)]
     scale = SCALE if preset == "small" else dict.fromkeys(SCALE, [])
+    wanted = {name: [*flags, *data, *scale["dpo"], *RECIPES[name].split(), "--name", name, "--resume"] for name in recipes}
+    for name in [n for n in recipes if (out / n).exists()]:
+        check_kept(out / name, wanted[name])
     borrow(shared / "vqgan", out / "vqgan")
     if not (out / "vqgan").exists():
         vqgan.main([*flags, "--seed", "0", *scale["vqgan"], "--resume"])
@@ -80,11 +83,8 @@ def run_unit(out, shared, bias, seed, recipes, preset):
     if not (out / "sft").exists():
         sft.main([*flags, *data, *scale["sft"], "--resume"])
     for name in recipes:
-        wanted = [*flags, *data, *scale["dpo"], *RECIPES[name].split(), "--name", name, "--resume"]
-        if (out / name).exists():
-            check_kept(out / name, wanted)
-        else:
-            dpo.main(wanted)
+        if not (out / name).exists():
+            dpo.main(wanted[name])
     borrow(shared / "judge", out / "judge")
     sample.main([*flags, "--bias", str(bias), *scale["sample"]])
     borrow(out / "judge", shared / "judge")
@@ -94,8 +94,8 @@ def run_unit(out, shared, bias, seed, recipes, preset):
 def check_kept(folder, wanted):
     """Raise UserError if a recipe's folder was made with other flags than wanted: its figures are not the recipe's."""
     cfg = cli(dpo.DPOConfig, dpo.PRESETS, wanted, None, ("objective", dpo.OBJECTIVE_DEFAULTS))
-    figures = read_figures(folder)
-    if other := other_flags(figures, cfg) + ["--steps"] * (figures["step"] != cfg.steps):
+    figures = read_figures(folder) if (folder / "state.safetensors").exists() else {}
+    if other := other_flags(figures, cfg) + ["--steps"] * (figures.get("step") != cfg.steps):
         raise UserError(f"{folder} was made with other values of {', '.join(other)}; move it away or name another --out")
 
 

@@ -23,14 +23,17 @@ def table(seeds):
     """Markdown of the contents of eval.json files, one a seed."""
     show = lambda v: f"{v:.0f}" if abs(v) >= 10 else f"{v:.3f}"
     differ = lambda d: "" if d is None else f"**{d['value']:+.3f}**" if d["low"] * d["high"] > 0 else f"{d['value']:+.3f}"
-    titles = ["SFT", "control", *RECIPES, *(f"{r} − control, by seed" for r in RECIPES)]
-    lines = ["| metric | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (2 + len(RECIPES)) + " --- |" * len(RECIPES)]
+    recipes = {r: folder for r, folder in RECIPES.items() if all(folder in s for s in seeds)}
+    titles = ["SFT", "control", *recipes, *(f"{r} − control, by seed" for r in recipes)]
+    lines = ["| metric | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (2 + len(recipes)) + " --- |" * len(recipes)]
     for metric, name in ROWS:
-        cells = [show(sum(s[m][metric]["value"] for s in seeds) / len(seeds)) for m in ("sft", "control", *RECIPES.values())]
-        cells += [" ".join(differ(s[f"{r} minus control"].get(metric)) for s in seeds).strip() for r in RECIPES.values()]
+        cells = [show(sum(s[m][metric]["value"] for s in seeds) / len(seeds)) for m in ("sft", "control", *recipes.values())]
+        cells += [" ".join(differ(s[f"{r} minus control"].get(metric)) for s in seeds).strip() for r in recipes.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     print(table([json.loads(Path(p).read_text()) for p in sys.argv[1:]]))
