@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from model import UserError
-from tests import captioning, compare
+from data import COMPANIONS, Phantoms
+from tests import captioning, compare, table
 
 
 def unit(low, high, value=0.25):
@@ -46,6 +47,20 @@ def test_what_claims_compare_with_each_other_is_paired():
     assert found["report/greedy/recall"] == pytest.approx([None, 0.1, 0.005, 0.195], abs=1e-6)
     rows = compare.differences([{"mfpo minus mdpo": found}], ["mfpo minus mdpo"], ["report/greedy/recall"]).splitlines()
     assert rows[2] == "| mfpo − mdpo | +0.100 [+0.005, +0.195] |"
+
+
+def test_habits_count_stated_companions_by_trigger(tmp_path):
+    """Forty phantoms; SFT states the effusion in every report, the others the truth."""
+    records = Phantoms("test", 40, bias=0, seed=7)
+    (tmp_path / "eval").mkdir()
+    for model in ("sft", "control", *table.RECIPES.values()):
+        said = " Small left pleural effusion." if model == "sft" else ""
+        (tmp_path / f"eval/{model}.captions.json").write_text(json.dumps([{"caption": r.text + said} for r in records]))
+    companion = lambda r: next((COMPANIONS[f.name](f) for f in r.findings if f.name == "cardiomegaly"), None)
+    alone = sum(companion(r) is not None and "effusion" not in {f.name for f in r.findings} for r in records)
+    rows = table.habits([tmp_path]).splitlines()
+    assert alone > 0 and f"| cardiomegaly → effusion | {alone} | 1.00 | 0.00 | 0.00 | 0.00 |" in rows
+    assert [r for r in rows if "atrophy" in r][0].endswith("| 0.00 | 0.00 | 0.00 | 0.00 |")
 
 
 def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys, monkeypatch):
