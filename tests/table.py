@@ -28,13 +28,15 @@ ROWS = [(f"report/{d}/{m}", f"{name}, {title}") for m, name in (
 
 def table(seeds):
     """Markdown of the contents of eval.json files, one a seed."""
-    show = lambda v: f"{v:.0f}" if abs(v) >= 10 else f"{v:.3f}"
-    differ = lambda d: "" if d is None else f"**{d['value']:+.3f}**" if d["low"] * d["high"] > 0 else f"{d['value']:+.3f}"
+    show = lambda v: "-" if v is None else f"{v:.0f}" if abs(v) >= 10 else f"{v:.3f}"
+    mean = lambda values: None if None in values else sum(values) / len(values)          # None: nothing to count
+    bold = lambda d: "**" if d["low"] * d["high"] > 0 else ""
+    differ = lambda d: "" if d is None or d["value"] is None else f"{bold(d)}{d['value']:+.3f}{bold(d)}"
     recipes = {r: folder for r, folder in RECIPES.items() if all(folder in s for s in seeds)}
     titles = ["SFT", "control", *recipes, *(f"{r} − control, by seed" for r in recipes)]
     lines = ["| metric | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (2 + len(recipes)) + " --- |" * len(recipes)]
     for metric, name in ROWS:
-        cells = [show(sum(s[m][metric]["value"] for s in seeds) / len(seeds)) for m in ("sft", "control", *recipes.values())]
+        cells = [show(mean([s[m][metric]["value"] for s in seeds])) for m in ("sft", "control", *recipes.values())]
         cells += [" ".join(differ(s[f"{r} minus control"].get(metric)) for s in seeds).strip() for r in recipes.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -49,6 +49,17 @@ def test_what_claims_compare_with_each_other_is_paired():
     assert rows[2] == "| mfpo − mdpo | +0.100 [+0.005, +0.195] |"
 
 
+def test_the_first_table_shows_what_could_not_be_counted_as_a_dash():
+    """One seed, no bidpo-c2; recall of nothing is None, every other value 0.25, every difference surely −0.1."""
+    model = {m: {"value": 0.25} for m, _ in table.ROWS} | {"report/greedy/recall": {"value": None}}
+    difference = {m: {"value": -0.1, "low": -0.2, "high": -0.05} for m, _ in table.ROWS[:3]}
+    difference["report/greedy/recall"] = {"value": None, "low": None, "high": None}
+    rows = table.table([{"sft": model, "control": model, "dpo": model, "dpo minus control": difference}]).splitlines()
+    assert rows[0] == "| metric | SFT | control | bidpo | bidpo − control, by seed |"
+    assert "| companion hallucination ↓, greedy | 0.250 | 0.250 | 0.250 | **-0.100** |" in rows
+    assert "| recall, greedy | - | - | - |  |" in rows
+
+
 def test_habits_count_stated_companions_by_trigger(tmp_path):
     """Forty phantoms; SFT states the effusion in every report, the others the truth."""
     records = Phantoms("test", 40, bias=0, seed=7)
