@@ -744,7 +744,8 @@ def read_figures(folder):
 
 def other_flags(figures, cfg):
     """The flags, as one types them, that had other values in a run whose figures are saved."""
-    return [f"--{k.replace('_', '-')}" for k, v in figures.get("flags", {}).items() if run_flags(cfg).get(k) != v]
+    flags = run_flags(cfg)
+    return [f"--{k.replace('_', '-')}" for k, v in figures.get("flags", {}).items() if flags.get(k) != v]
 
 
 def load_state(folder, models, optimizers):

@@ -229,8 +229,9 @@ def main(argv=None):
             kept = json.loads(path.read_text()) if path.exists() else {}
             write_text(path, json.dumps(kept | results, separators=(",", ":")).replace("},", "},\n") + "\n")
     everything = read_results(cfg.results)
-    found = {b: {s: everything[b][s] for s in cfg.seeds if s in everything[b]} for b in cfg.bias if b in everything}
-    if not any(found.values()):
+    found = {b: {s: everything[b][s] for s in cfg.seeds if s in everything[b]} for b in cfg.bias
+             if any(s in everything.get(b, {}) for s in cfg.seeds)}
+    if not found:
         raise UserError(f"{cfg.results} holds no result yet; run `python -m tests.compare` without --table first")
     for bias, seeds in sorted(found.items(), reverse=True):
         units = list(seeds.values())

@@ -43,7 +43,7 @@ def table(seeds):
 
 
 def habits(folders, seed=7):
-    """Markdown: stated companions by trigger, apart from those whose finding is there on another side or place."""
+    """Markdown: stated companions by trigger, apart from those whose finding is there on the other side."""
     models, asked, told = ["sft", "control", *RECIPES.values()], Counter(), Counter()
     for folder in folders:
         for model in models:
