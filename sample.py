@@ -13,7 +13,7 @@ Reports are scored against what is known to be in the image: CHAIR (arXiv:1809.0
 stated that are not there, recall findings that are there and stated; neither means much alone. Companion
 hallucination is language bias made countable: among test images that show a trigger without its companion,
 the share of reports that state the companion. Drawn images are read by a judge, a small classifier
-trained on real images of other patients; its own F1 on real images stands beside. Not for clinical use.
+trained on true images (phantoms: of other patients); its own F1 on true images stands beside. Not for clinical use.
 """
 
 import dataclasses
@@ -143,6 +143,11 @@ def summarize(result):
     return {"value": clean(value), "low": clean(low), "high": clean(high), "n": n}
 
 
+def difference(a, b):
+    """{metric: summary} of model a minus model b, from what `ratios` gives of both on the same resamples."""
+    return {k: summarize((v[0] - b[k][0], v[1] - b[k][1], v[2])) for k, v in a.items() if len(v[1]) and k in b}
+
+
 def score_findings(stated, records, ratios, have=True):
     """CHAIR, recall, F1 and their kin of stated findings (one tuple a record) against the records'.
 
@@ -161,15 +166,21 @@ def score_findings(stated, records, ratios, have=True):
     return result, counts
 
 
+def absent_companions(record):
+    """(trigger, companion) for each trigger whose companion is not in the image; none for files, which have no habits."""
+    if not record.spec:
+        return []
+    true = {key(f) for f in record.findings}
+    found = [(f, COMPANIONS[f.name](f)) for f in record.findings if f.name in COMPANIONS]
+    return [(trigger, companion) for trigger, companion in found if key(companion) not in true]
+
+
 def companions(stated, records):
     """Per record: triggers shown without their companion, and how many of these companions are stated."""
     asked, told = np.zeros(len(records)), np.zeros(len(records))
     for i, (said, record) in enumerate(zip(stated, records)):
-        said, true = {key(f) for f in said}, {key(f) for f in record.findings}
-        for f in record.findings if record.spec else ():          # real images have no known companions
-            if f.name in COMPANIONS and key(COMPANIONS[f.name](f)) not in true:
-                asked[i] += 1
-                told[i] += key(COMPANIONS[f.name](f)) in said
+        said, absent = {key(f) for f in said}, absent_companions(record)
+        asked[i], told[i] = len(absent), sum(key(companion) in said for _, companion in absent)
     return asked, told
 
 
@@ -397,7 +408,7 @@ def judge_recipe(cfg):
 
 
 def train_judge(records, folder, cfg, device, autocast):
-    """Train a judge on real images with known labels and write it to folder; False if there are no labels."""
+    """Train a judge on true images with known labels and write it to folder; False if there are no labels."""
     names = sorted(set().union(*(labels_of(r) for r in records)))
     if not names:
         return False
@@ -595,6 +606,15 @@ def evaluate_masks(model, vocab, vqgan, bench):
     return result
 
 
+def read_kept(path, recipe=None):
+    """The metrics that `evaluate_model` kept in a file, as `ratios` gives them; None if another recipe made them."""
+    with safe_open(path, "np") as f:
+        if recipe not in (None, f.metadata()):
+            return None
+        kept = {k: f.get_tensor(k) for k in sorted(f.keys())}
+    return {k: (float(v[0]), v[2:], int(v[1])) for k, v in kept.items()}
+
+
 def evaluate_model(name, model, vocab, vqgan, bench, autocast):
     """Every metric of one model, as `ratios` gives them; kept in out/eval, so that only what is new is evaluated:
 
@@ -605,11 +625,8 @@ def evaluate_model(name, model, vocab, vqgan, bench, autocast):
     recipe = {"recipe": json.dumps({"models": [weights_hash(m) for m in (model, vqgan, *(bench.judge or ())[:1])],
                                     "test": zlib.crc32(bench.codes.tobytes()), "code": zlib.crc32(code), **flags})}
     captions = path.with_suffix(".captions.json")
-    if path.exists() and captions.exists():
-        with safe_open(path, "np") as f:
-            if f.metadata() == recipe:
-                kept = {k: f.get_tensor(k) for k in f.keys()}
-                return {k: (float(v[0]), v[2:], int(v[1])) for k, v in sorted(kept.items())}
+    if path.exists() and captions.exists() and (kept := read_kept(path, recipe)):
+        return kept
     with autocast():
         reports, texts = evaluate_reports(model, vocab, bench)
         result = {**reports, **evaluate_answers(model, vocab, bench),
@@ -641,9 +658,7 @@ def evaluate(cfg):
     written = {name: {k: summarize(v) for k, v in result.items()} for name, result in results.items()}
     for name in names:
         if "control" in results and name not in ("sft", "control"):
-            written[f"{name} minus control"] = {
-                k: summarize((v[0] - results["control"][k][0], v[1] - results["control"][k][1], v[2]))
-                for k, v in results[name].items() if len(v[1]) and k in results["control"]}
+            written[f"{name} minus control"] = difference(results[name], results["control"])
     write_text(Path(cfg.out) / "eval.json", json.dumps(written, indent=1) + "\n")
     write_text(Path(cfg.out) / "references.json", json.dumps(coco_references(bench.records)) + "\n")
     write_text(Path(cfg.out) / "captions.json", (Path(cfg.out) / "eval" / f"{chosen}.captions.json").read_text())

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 import sample
+import sft
 from model import UserError, folder_hash, init_run, read_log, read_tensors, run, write_text
-from sft import load_gpt
+from tests.compare import RESULTS, check_results, write_results
 
-ROOT = Path(__file__).parents[1]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 METHODS = {"full": ["--lr", "2e-3", "--muon-lr", "1e-2"], "LoRA q,v": ["--lora-rank", "8", "--lr", "4e-3"],
            "LoRA all": ["--lora-rank", "8", "--lr", "4e-3", "--lora-targets", *LINEARS]}
@@ -35,7 +35,7 @@ ROWS = {"bleu1": "BLEU-1", "bleu4": "BLEU-4", "rouge_l": "ROUGE-L", "meteor": "M
 
 def adapt(folder, flags):
     """Run sft.py in a process of its own; what it cost: {trained, memory, step}."""
-    process = subprocess.Popen([sys.executable, ROOT / "sft.py", "--out", folder, *flags], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, sft.__file__, "--out", folder, *flags], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise UserError(f"{folder}: sft.py stopped with status {os.waitstatus_to_exitcode(status)}, its message stands above")
@@ -47,7 +47,7 @@ def adapt(folder, flags):
 
 def measure(folder, bench, vqgan, device, autocast):
     """What the model of a folder writes of the test images, greedily: {metric: value}."""
-    model, vocab = load_gpt(folder, vqgan, device)
+    model, vocab = sft.load_gpt(folder, vqgan, device)
     with autocast():
         found = sample.evaluate_reports(model, vocab, bench)[0]
     return {k: found[f"report/greedy/{k}"][0] for k in ROWS if f"report/greedy/{k}" in found}
@@ -107,7 +107,7 @@ def main(argv=None):
     parser.add_argument("--base", type=Path, default=Path("out"), help="folder whose vqgan and sft are adapted (default: out)")
     parser.add_argument("--data", default="", help="folder of images and captions; empty: phantoms of other patients")
     parser.add_argument("--out", type=Path, default=Path("out-captioning"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=ROOT / ".github" / "results", help="folder of captioning.json")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of captioning.json")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     parser.add_argument("--steps", type=int, default=200, help="steps of each run (default: 200)")
     parser.add_argument("--records", type=int, default=4000, help="phantoms: training records (default: 4000)")
@@ -115,14 +115,12 @@ def main(argv=None):
     parser.add_argument("--preset", default="small", choices=("tiny", "small"), help="tiny: seconds, for tests")
     parser.add_argument("--table", action="store_true", help="train nothing, show what the results hold")
     cfg = parser.parse_args(argv)
-    if cfg.preset == "tiny" and cfg.results == parser.get_default("results"):
-        raise UserError("--preset tiny would replace the measured figures: name another folder with --results")
+    check_results(cfg)
     path = cfg.results / "captioning.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if not cfg.table:
         results[data_name(cfg)] = compare(cfg)
-        cfg.results.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(results, separators=(",", ":")).replace("},", "},\n") + "\n")
+        write_results(path, results)
     for name, found in results.items():
         print(f"\n{name}\n\n{table(found)}")
 

@@ -24,9 +24,9 @@ import dpo
 import sample
 import sft
 import vqgan
-from model import UserError, cli, other_flags, read_figures, read_log, read_tensors, run, write_text
+from model import UserError, cli, other_flags, read_figures, read_log, run, write_text
 
-ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parents[1] / ".github" / "results"
 # Half the default length of stage 1, two thirds of stage 2's steps, pairs and rehearsal: minutes a recipe on one core.
 SCALE = {"vqgan": [], "sft": ["--steps", "1300", "--val-every", "130"],
          "dpo": ["--steps", "200", "--pairs", "3200", "--rehearsal-records", "3200"],
@@ -63,7 +63,7 @@ ROWS = {"report/greedy/companion": "companion hallucination ↓, greedy", "repor
         "report/greedy/distinct": "distinct reports, greedy", "ask/accuracy": "questions right",
         "segment/dice": "Dice, all structures", "segment/dice_large": "Dice, large structures",
         "generate/cfg1/f1": "text→image F1, no guidance", "generate/cfg1.5/f1": "text→image F1, guidance 1.5",
-        "generate/cfg1.5/frechet": "Fréchet distance ↓", "drift/text_chosen": "drift of log π(report), nats",
+        "generate/cfg1.5/frechet": "text→image Fréchet distance ↓", "drift/text_chosen": "drift of log π(report), nats",
         "drift/image_chosen": "drift of log π(image), nats", "seconds": "seconds of the training loop"}
 CURVE = [f"report/t0.5/{m}" for m in ("companion", "chair_i", "recall")]        # for the picture alone
 
@@ -91,10 +91,25 @@ def run_unit(out, shared, bias, seed, recipes, preset):
     return collect(out)
 
 
+def check_results(cfg):
+    """Raise UserError where the figures of a tiny run would land among the measured ones."""
+    if cfg.preset == "tiny" and cfg.results.resolve() == RESULTS.resolve():
+        raise UserError(f"--preset tiny would mix its figures with the measured ones in {cfg.results}: name another folder "
+                        "with --results")
+
+
+def write_results(path, results):
+    """Write a result file, its folder with it; a line an entry, so that changes can be read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(results, separators=(",", ":")).replace("},", "},\n") + "\n")
+
+
 def check_kept(folder, wanted):
     """Raise UserError if a recipe's folder was made with other flags than wanted: its figures are not the recipe's."""
+    if not (folder / "state.safetensors").exists():
+        raise UserError(f"{folder} holds no state.safetensors that tells its flags; move it away or name another --out")
     cfg = cli(dpo.DPOConfig, dpo.PRESETS, wanted, None, ("objective", dpo.OBJECTIVE_DEFAULTS))
-    figures = read_figures(folder) if (folder / "state.safetensors").exists() else {}
+    figures = read_figures(folder)
     if other := other_flags(figures, cfg) + ["--steps"] * (figures.get("step") != cfg.steps):
         raise UserError(f"{folder} was made with other values of {', '.join(other)}; move it away or name another --out")
 
@@ -120,22 +135,9 @@ def collect(out):
             results[name] |= {k: [v, None, None, None] for k, v in (drift | {"seconds": rows[-1]["seconds"]}).items()}
     for a, b in VERSUS:
         if a in results and b in results:
-            results[f"{a} minus {b}"] = paired(*(read_tensors(out / "eval" / f"{n}.safetensors") for n in (a, b)))
+            found = sample.difference(*(sample.read_kept(out / "eval" / f"{n}.safetensors") for n in (a, b)))
+            results[f"{a} minus {b}"] = {k: [None, *(found[k][e] for e in ("value", "low", "high"))] for k in ROWS if k in found}
     return results
-
-
-def paired(a, b):
-    """{metric: [None, difference, low, high]} of model a minus model b.
-
-    a, b: what `sample.evaluate_model` keeps of each metric: its value, the number of records, then its value in every
-    resample, the same resamples for all models."""
-    found = {}
-    for k in ROWS:
-        if k in a and k in b and len(a[k]) > 2:             # more than value and n: it has resamples
-            difference = (a[k] - b[k]).numpy()
-            summary = sample.summarize((difference[0], difference[2:], None))
-            found[k] = [None, summary["value"], summary["low"], summary["high"]]
-    return found
 
 
 def read_results(folder):
@@ -210,7 +212,7 @@ def main(argv=None):
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out-compare"), help="folder of the runs (default: out-compare)")
-    parser.add_argument("--results", type=Path, default=ROOT / ".github" / "results", help="folder of the result files")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--bias", type=float, nargs="+", default=[0.9, 0.0], help="benchmarks (default: 0.9 0)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     parser.add_argument("--recipes", nargs="+", default=list(TABLE), choices=RECIPES, metavar="NAME",
@@ -218,16 +220,13 @@ def main(argv=None):
     parser.add_argument("--preset", default="small", choices=("tiny", "small"), help="tiny: seconds, for tests")
     parser.add_argument("--table", action="store_true", help="train nothing, show what the results hold")
     cfg = parser.parse_args(argv)
-    if cfg.preset == "tiny" and cfg.results == parser.get_default("results"):
-        raise UserError("--preset tiny would mix its figures with the measured ones: name another folder with --results")
+    check_results(cfg)
     for seed in [] if cfg.table else cfg.seeds:
         for bias in cfg.bias:
             unit = f"bias{bias:g}-seed{seed}"
             results = run_unit(cfg.out / unit, cfg.out / "shared", bias, seed, cfg.recipes, cfg.preset)
-            cfg.results.mkdir(parents=True, exist_ok=True)
             path = cfg.results / f"{unit}.json"
-            kept = json.loads(path.read_text()) if path.exists() else {}
-            write_text(path, json.dumps(kept | results, separators=(",", ":")).replace("},", "},\n") + "\n")
+            write_results(path, (json.loads(path.read_text()) if path.exists() else {}) | results)
     everything = read_results(cfg.results)
     found = {b: {s: everything[b][s] for s in cfg.seeds if s in everything[b]} for b in cfg.bias
              if any(s in everything.get(b, {}) for s in cfg.seeds)}

@@ -4,26 +4,24 @@
     python -m tests.table out-0 out-1 out-2                                    what is left of each habit
 
 Figures: for each metric the mean over seeds for SFT, control and the two recipes, and each recipe's difference to the
-control, seed by seed, in bold where the seed's paired 95 % interval excludes 0. Habits: the share of triggers without
-their companion whose greedy report states it, all seeds together, for test phantoms of `sample.py --seed 7`."""
+control, seed by seed, in bold where the seed's paired 95 % interval excludes 0. Habits: how many of the triggers
+without their companion the greedy report states it for, all seeds together, on the test phantoms of `sample.py --seed 7`."""
 
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
-from data import COMPANIONS, Phantoms, key, lexicon, read_findings
+from data import PHRASES, Phantoms, key, read_findings
+from sample import absent_companions
+from tests import compare
 
 RECIPES = {"bidpo": "dpo", "bidpo-c2": "bidpo-c2"}           # title: folder under --out
-ROWS = [(f"report/{d}/{m}", f"{name}, {title}") for m, name in (
-    ("companion", "companion hallucination ↓"), ("chair_i", "CHAIR_i ↓"), ("chair_s", "CHAIR_s ↓"), ("recall", "recall"),
-    ("f1", "finding F1"), ("laterality", "wrong side ↓")) for d, title in (("greedy", "greedy"), ("t1.0", "T = 1"))] + [
-    ("report/greedy/exact", "exact finding sets, greedy"), ("report/greedy/distinct", "distinct reports, greedy"),
-    ("report/greedy/unchanged_by_noise", "unchanged by noise ↓"),
-    ("ask/accuracy", "questions right"), ("segment/dice", "Dice, all structures"), ("segment/dice_large", "Dice, large structures"),
-    ("generate/cfg1/f1", "text→image finding F1, no guidance"), ("generate/cfg1.5/f1", "text→image finding F1, guidance 1.5"),
-    ("generate/cfg1.5/extra", "text→image extra ↓"), ("generate/cfg1.5/missing", "text→image missing ↓"),
-    ("generate/cfg1.5/frechet", "text→image Fréchet distance ↓")]
+MORE = {"report/t1.0/laterality": "wrong side ↓, T = 1", "report/greedy/exact": "exact finding sets, greedy",
+        "generate/cfg1.5/extra": "text→image extra ↓", "generate/cfg1.5/missing": "text→image missing ↓"}
+READING = [f"report/{d}/{m}" for m in ("companion", "chair_i", "chair_s", "recall", "f1", "laterality") for d in ("greedy", "t1.0")]
+ROWS = {k: (compare.ROWS | MORE)[k] for k in (
+    *READING, *(f"report/greedy/{m}" for m in ("exact", "distinct", "unchanged_by_noise")), "ask/accuracy", "segment/dice",
+    "segment/dice_large", "generate/cfg1/f1", *(f"generate/cfg1.5/{m}" for m in ("f1", "extra", "missing", "frechet")))}
 
 
 def table(seeds):
@@ -31,39 +29,45 @@ def table(seeds):
     show = lambda v: "-" if v is None else f"{v:.0f}" if abs(v) >= 10 else f"{v:.3f}"
     mean = lambda values: None if None in values else sum(values) / len(values)          # None: nothing to count
     bold = lambda d: "**" if d["low"] * d["high"] > 0 else ""
-    differ = lambda d: "" if d is None or d["value"] is None else f"{bold(d)}{d['value']:+.3f}{bold(d)}"
+    differ = lambda d: "-" if d is None or d["value"] is None else f"{bold(d)}{d['value']:+.3f}{bold(d)}"
     recipes = {r: folder for r, folder in RECIPES.items() if all(folder in s for s in seeds)}
     titles = ["SFT", "control", *recipes, *(f"{r} − control, by seed" for r in recipes)]
     lines = ["| metric | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (2 + len(recipes)) + " --- |" * len(recipes)]
-    for metric, name in ROWS:
+    for metric, name in ROWS.items():
         cells = [show(mean([s[m][metric]["value"] for s in seeds])) for m in ("sft", "control", *recipes.values())]
-        cells += [" ".join(differ(s[f"{r} minus control"].get(metric)) for s in seeds).strip() for r in recipes.values()]
+        cells += [" ".join(differ(s[f"{r} minus control"].get(metric)) for s in seeds) for r in recipes.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def habits(folders, seed=7):
-    """Markdown: stated companions by trigger, apart from those whose finding is there on the other side."""
-    models, asked, told = ["sft", "control", *RECIPES.values()], Counter(), Counter()
+    """Markdown: how often absent companions are stated, by trigger; apart where the finding is there, on another side."""
+    read = lambda folder, model: json.loads((folder / f"eval/{model}.captions.json").read_text())
+    recipes = {r: m for r, m in RECIPES.items() if all((f / f"eval/{m}.captions.json").exists() for f in folders)}
+    models = ["sft", "control", *recipes.values()]
+    records = list(Phantoms("test", len(read(folders[0], "sft")), bias=0, seed=seed))
     for folder in folders:
-        for model in models:
-            captions = json.loads((Path(folder) / "eval" / f"{model}.captions.json").read_text())
-            records = Phantoms("test", len(captions), bias=0, seed=seed)
-            phrases = lexicon(records)
-            for record, caption in zip(records, captions):
-                said = {key(f) for f in read_findings(caption["caption"], phrases)}
-                true, names = {key(f) for f in record.findings}, {f.name for f in record.findings}
-                for f in [f for f in record.findings if f.name in COMPANIONS]:
-                    companion = COMPANIONS[f.name](f)
-                    if key(companion) not in true:
-                        elsewhere = companion.name in names
-                        group = "any, companion elsewhere" if elsewhere else f"{f.name} → {companion.name}"
-                        asked[model, group] += 1
-                        told[model, group] += key(companion) in said
-    lines = ["| habit | cases | " + " | ".join(["SFT", "control", *RECIPES]) + " |", "| --- |" + " ---: |" * (1 + len(models))]
-    for group in sorted({g for _, g in asked}, key=lambda g: -told["sft", g]):
-        shares = [f"{told[m, group] / asked[m, group]:.2f}" for m in models]
-        lines.append(f"| {group} | {asked['sft', group]} | " + " | ".join(shares) + " |")
+        true = json.loads((folder / "references.json").read_text())["annotations"]
+        if [r["caption"] for r in true] != [r.text for r in records]:
+            sys.exit(f"{folder} was not evaluated on the {len(records)} test phantoms of `sample.py --seed {seed}`")
+    cases = {}                                                # habit: (record, key of the companion) of each case
+    for i, record in enumerate(records):
+        for trigger, companion in absent_companions(record):
+            elsewhere = companion.name in {f.name for f in record.findings}
+            habit = f"{trigger.name} → {companion.name}" + (", shown on the wrong side" if elsewhere else "")
+            cases.setdefault(habit, []).append((i, key(companion)))
+    said = {m: [[{key(f) for f in read_findings(c["caption"], PHRASES)} for c in read(folder, m)] for folder in folders]
+            for m in models}
+    told = {habit: [sum(companion in reports[i] for reports in said[m] for i, companion in found) for m in models]
+            for habit, found in cases.items()}
+    order = sorted(cases, key=lambda habit: -told[habit][0])
+    cases["all"] = [case for habit in order for case in cases[habit]]
+    told["all"] = [sum(told[habit][j] for habit in order) for j in range(len(models))]
+    lines = ["| habit | cases | " + " | ".join(["SFT", "control", *recipes]) + " |", "| --- |" + " ---: |" * (1 + len(models))]
+    for habit in (*order, "all"):
+        n = len(folders) * len(cases[habit])
+        shares = [f"{k} ({k / n:.2f})" if n else "-" for k in told[habit]]
+        lines.append(f"| {habit} | {n} | " + " | ".join(shares) + " |")
     return "\n".join(lines)
 
 

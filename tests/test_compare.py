@@ -4,11 +4,10 @@ import json
 import shutil
 
 import pytest
-import torch
 from PIL import Image
 
 from model import UserError
-from data import COMPANIONS, Phantoms
+from data import Phantoms
 from tests import captioning, compare, table
 
 
@@ -38,40 +37,45 @@ def test_differences_seed_by_seed():
     assert len(rows) == 3 and "| dpo − control | -0.200 [-0.300, -0.100]<br>+0.100 [+0.000, +0.200] |" in rows[2]
 
 
-def test_what_claims_compare_with_each_other_is_paired():
-    """Tensors hold value, n, resamples; the interval is that of the resamples' differences. A count has none."""
-    a = {"report/greedy/recall": torch.tensor([0.5, 10.0, 0.4, 0.6, 0.5]), "report/greedy/distinct": torch.tensor([7.0, 10.0])}
-    b = {"report/greedy/recall": torch.tensor([0.4, 10.0, 0.4, 0.4, 0.4]), "report/greedy/distinct": torch.tensor([9.0, 10.0])}
-    found = compare.paired(a, b)
-    assert found.keys() == {"report/greedy/recall"}
-    assert found["report/greedy/recall"] == pytest.approx([None, 0.1, 0.005, 0.195], abs=1e-6)
-    rows = compare.differences([{"mfpo minus mdpo": found}], ["mfpo minus mdpo"], ["report/greedy/recall"]).splitlines()
+def test_a_difference_of_two_recipes_has_a_line_of_its_own():
+    rows = compare.differences([{"mfpo minus mdpo": {"report/greedy/recall": [None, 0.1, 0.005, 0.195]}}], ["mfpo minus mdpo"],
+                               ["report/greedy/recall"]).splitlines()
     assert rows[2] == "| mfpo − mdpo | +0.100 [+0.005, +0.195] |"
 
 
 def test_the_first_table_shows_what_could_not_be_counted_as_a_dash():
     """One seed, no bidpo-c2; recall of nothing is None, every other value 0.25, every difference surely −0.1."""
-    model = {m: {"value": 0.25} for m, _ in table.ROWS} | {"report/greedy/recall": {"value": None}}
-    difference = {m: {"value": -0.1, "low": -0.2, "high": -0.05} for m, _ in table.ROWS[:3]}
+    model = {m: {"value": 0.25} for m in table.ROWS} | {"report/greedy/recall": {"value": None}}
+    difference = {m: {"value": -0.1, "low": -0.2, "high": -0.05} for m in list(table.ROWS)[:3]}
     difference["report/greedy/recall"] = {"value": None, "low": None, "high": None}
     rows = table.table([{"sft": model, "control": model, "dpo": model, "dpo minus control": difference}]).splitlines()
     assert rows[0] == "| metric | SFT | control | bidpo | bidpo − control, by seed |"
     assert "| companion hallucination ↓, greedy | 0.250 | 0.250 | 0.250 | **-0.100** |" in rows
-    assert "| recall, greedy | - | - | - |  |" in rows
+    assert "| recall, greedy | - | - | - | - |" in rows
 
 
 def test_habits_count_stated_companions_by_trigger(tmp_path):
-    """Forty phantoms; SFT states the effusion in every report, the others the truth."""
-    records = Phantoms("test", 40, bias=0, seed=7)
+    """Two hundred phantoms; SFT states the effusion in every report, the others the truth."""
+    records = Phantoms("test", 200, bias=0, seed=7)
     (tmp_path / "eval").mkdir()
+    (tmp_path / "references.json").write_text(json.dumps({"annotations": [{"caption": r.text} for r in records]}))
     for model in ("sft", "control", *table.RECIPES.values()):
         said = " Small left pleural effusion." if model == "sft" else ""
         (tmp_path / f"eval/{model}.captions.json").write_text(json.dumps([{"caption": r.text + said} for r in records]))
-    companion = lambda r: next((COMPANIONS[f.name](f) for f in r.findings if f.name == "cardiomegaly"), None)
-    alone = sum(companion(r) is not None and "effusion" not in {f.name for f in r.findings} for r in records)
+    sides = [[f.side for f in r.findings if f.name == "effusion"] for r in records
+             if "cardiomegaly" in {f.name for f in r.findings}]
+    alone, wrong = sides.count([]), sides.count(["right"])
     rows = table.habits([tmp_path]).splitlines()
-    assert alone > 0 and f"| cardiomegaly → effusion | {alone} | 1.00 | 0.00 | 0.00 | 0.00 |" in rows
-    assert [r for r in rows if "atrophy" in r][0].endswith("| 0.00 | 0.00 | 0.00 | 0.00 |")
+    assert alone > 0 and f"| cardiomegaly → effusion | {alone} | {alone} (1.00) | 0 (0.00) | 0 (0.00) | 0 (0.00) |" in rows
+    title = "cardiomegaly → effusion, shown on the wrong side"
+    assert wrong > 0 and f"| {title} | {wrong} | {wrong} (1.00) | 0 (0.00) | 0 (0.00) | 0 (0.00) |" in rows
+    count = lambda row, column: int(row.split(" | ")[column].split()[0])
+    assert [count(rows[-1], c) for c in (1, 2, 3)] == [sum(count(r, c) for r in rows[2:-1]) for c in (1, 2, 3)]
+    assert count(rows[-1], 2) == alone + wrong
+    (tmp_path / "eval/bidpo-c2.captions.json").unlink()
+    assert table.habits([tmp_path]).splitlines()[0] == "| habit | cases | SFT | control | bidpo |"
+    with pytest.raises(SystemExit, match="was not evaluated on the 200 test phantoms of `sample.py --seed 8`"):
+        table.habits([tmp_path], seed=8)
 
 
 def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys, monkeypatch):
@@ -90,8 +94,12 @@ def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys,
     assert second.keys() == {"sft", "control", "dpo", "dpo-flip30", "dpo-flip30 minus dpo"} and second["control"] == first["control"]
     assert (folder / "control/model.safetensors").stat().st_mtime_ns == made
     assert len(second["dpo"]["report/greedy/recall"]) == 4 and second["dpo"]["seconds"][0] >= 0
+    assert second["dpo-flip30 minus dpo"]["report/greedy/recall"][0] is None           # a difference has no value of its own
     monkeypatch.setitem(compare.RECIPES, "control", "--objective sft --sft-weight 2 --steps 13")
     with pytest.raises(UserError, match="control was made with other values of --sft-weight, --steps; move it away"):
+        compare.main([*flags, "control"])
+    (folder / "control/state.safetensors").unlink()
+    with pytest.raises(UserError, match="control holds no state.safetensors that tells its flags"):
         compare.main([*flags, "control"])
     said = capsys.readouterr().out
     assert "| metric | sft | control | dpo |" in said and "| dpo-flip30 − dpo | " in said

@@ -59,9 +59,16 @@ def test_bootstrap_interval_matches_the_normal_one():
 
 
 def test_differences_are_paired():
-    """A model that is better by the same amount on every record is better without any doubt."""
+    """Both models are resampled alike, so a constant lead has no interval; a metric of one model alone is left out."""
     ratios, x = sample.Ratios(50, 200), np.random.default_rng(0).random(50)
-    assert np.ptp(ratios(x + 0.1)[1] - ratios(x)[1]) < 1e-5
+    found = sample.difference({"f1": ratios(x + 0.1), "dice": ratios(x), "distinct": (7.0, np.zeros(0), 50)},
+                              {"f1": ratios(x), "distinct": (9.0, np.zeros(0), 50)})
+    assert found == {"f1": {"value": 0.1, "low": 0.1, "high": 0.1, "n": 50}}
+
+
+def test_the_interval_of_a_difference_is_that_of_the_resamples_differences():
+    a, b = (0.5, np.array([0.4, 0.6, 0.5]), 10), (0.4, np.array([0.4, 0.4, 0.4]), 10)
+    assert sample.difference({"recall": a}, {"recall": b})["recall"] == {"value": 0.1, "low": 0.005, "high": 0.195, "n": 10}
 
 
 def test_dice_by_hand():
