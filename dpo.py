@@ -5,7 +5,8 @@
     python dpo.py --objective sft          # the control, out/control: same steps, same chosen sequences, plain SFT
 
 One pair is a genuine image m with its report y_w, a distorted image m', and a rejected report y_l, as a rule
-what the SFT model writes when shown m'. With the reward r(y|x) = β·(log π_θ(y|x) − log π_ref(y|x)) the terms are
+what the SFT model writes when shown m'. Of several m' (--candidates) the one is taken to which the SFT model still
+gives y_w most readily: a hard pair. With the reward r(y|x) = β·(log π_θ(y|x) − log π_ref(y|x)) the terms are
 
     text          −log σ(r(y_w|m) − r(y_l|m))     the genuine report over the other (DPO, arXiv:2305.18290)
     image         −log σ(r(m|y_w) − r(m'|y_w))    draw the genuine image, not the distorted one
@@ -72,6 +73,7 @@ class DPOConfig(TuneConfig):
     batch_size: int = arg(16, "pairs a step")
     pairs: int = arg(4800, "pairs to build, from as many training records")
     distort: tuple = arg(("remove",), "kinds of distortion, mixed evenly: " + " ".join(DISTORTIONS))
+    candidates: int = arg(1, "distorted images to try for a pair; the one that the SFT model notices least is taken")
     strength: int = arg(500, "noise and region-noise: DDPM step, 1 to 1000")
     rejected: tuple = arg(("distorted",), "who writes the rejected report, mixed evenly: the SFT model shown the "
                           "distorted image, its own wrong report of the genuine one (own), or no-image, no-question")
@@ -289,28 +291,36 @@ def key_region(record, model, vocab, vqgan, channels, device, autocast):
 
 
 def build_pairs(records, cfg, vqgan, region, device, autocast):
-    """Up to cfg.pairs Pairs from records that have a text, drawn from (seed, index); no reports yet.
+    """Pairs from cfg.pairs records, those that have a text, drawn from (seed, index); no reports yet.
 
-    A pair whose two images have the same codes is dropped. Raises UserError if none is left."""
+    A record makes as many as it has different ones among cfg.candidates distorted images. A pair whose two images
+    have the same codes is dropped. Raises UserError if none is left."""
     order = np.random.default_rng([cfg.seed, 4]).permutation(len(records))[:cfg.pairs]
     pairs, dropped = [], Counter()
-    bar = tqdm(total=len(order), desc="building pairs", unit="pair", leave=False)
+    bar = tqdm(total=len(order), desc="building pairs", unit="record", leave=False)
     for start in range(0, len(order), 256):
-        batch, images = [], []
+        batch, genuine, distorted = [], [], []
         for index in map(int, order[start:start + 256]):
             rng, record = np.random.default_rng([cfg.seed, 5, index]), records[index]
             if not record.text:
                 dropped["without text"] += 1
                 continue
-            kind = cfg.distort[rng.integers(len(cfg.distort))]
-            image, kind = distort(records, index, kind, cfg.strength, rng, region)
-            if image is None:
+            tried = {}                                        # distorted image, as bytes: the image and its kind
+            for _ in range(cfg.candidates):
+                kind = cfg.distort[rng.integers(len(cfg.distort))]
+                image, kind = distort(records, index, kind, cfg.strength, rng, region)
+                if image is not None:
+                    tried.setdefault(image.tobytes(), (image, kind))
+            if not tried:
                 dropped["which no distortion fits"] += 1
                 continue
-            batch.append((index, record, kind))
-            images += [record.image, image]
-        codes = encode_images(images, vqgan, cfg.channels, device, autocast) if batch else []
-        for (index, record, kind), own, twin in zip(batch, codes[::2], codes[1::2]):
+            genuine.append(record.image)
+            for image, kind in tried.values():
+                batch.append((index, record, kind, len(genuine) - 1))
+                distorted.append(image)
+        codes = encode_images(genuine + distorted, vqgan, cfg.channels, device, autocast) if batch else []
+        for (index, record, kind, at), twin in zip(batch, codes[len(genuine):]):
+            own = codes[at]
             if (own == twin).all():
                 dropped["whose codes the distortion left as they were"] += 1
             else:
@@ -324,6 +334,18 @@ def build_pairs(records, cfg, vqgan, region, device, autocast):
     used = ", ".join(f"{c} {k}" for k, c in Counter(p.kind for p in pairs).most_common())
     tqdm.write(f"{len(pairs)} pairs ({used})" + (f"; dropped {counts}" if counts else ""))
     return pairs
+
+
+def least_noticed(pairs, logps):
+    """Of a record's pairs the one with the greatest log π(y_w|m'), where the SFT model hardly notices the distortion.
+
+    There it follows habit: what the report states is gone, and it still seems to fit. Our choice, after the hard
+    negatives of contrastive learning (arXiv:2010.04592). logps: (n,)."""
+    best = {}
+    for pair, logp in zip(pairs, logps.tolist()):
+        if pair.index not in best or logp > best[pair.index][0]:
+            best[pair.index] = logp, pair
+    return [pair for _, pair in best.values()]
 
 
 def sample_reports(pairs, writer, model, vocab, cfg, seed):
@@ -444,7 +466,7 @@ def write_pairs(cfg, pairs, recipe):
 def load_or_build_pairs(cfg, data, vqgan, model, vocab, device, autocast):
     """The pairs of this recipe, from out/pairs if it was made by the same one; what is missing there is added."""
     folder, phrases = Path(cfg.out) / "pairs", lexicon(data["train"])
-    flags = ("seed", "records", "pairs", "strength", "pair_temperature", "entropy_samples", "proposals")
+    flags = ("seed", "records", "pairs", "candidates", "strength", "pair_temperature", "entropy_samples", "proposals")
     recipe = {k: getattr(cfg, k) for k in flags}
     recipe |= {"data": data_name(cfg), "distort": list(cfg.distort), "sft": weights_hash(model)}
     found = (folder / "config.json").exists() and json.loads((folder / "config.json").read_text()) == recipe
@@ -455,6 +477,9 @@ def load_or_build_pairs(cfg, data, vqgan, model, vocab, device, autocast):
     else:
         region = lambda record: key_region(record, model, vocab, vqgan, cfg.channels, device, autocast)
         pairs = build_pairs(data["train"], cfg, vqgan, region, device, autocast)
+        if cfg.candidates > 1:
+            logps = reference_logps(model, pairs, ("text_distorted",), vocab, cfg, device, autocast)
+            pairs = least_noticed(pairs, logps["text_distorted"])
     compared = OBJECTIVES[cfg.objective][1]
     writers = {*cfg.rejected, "distorted", *(w for b, w in BIASED.items() if b in compared)} - pairs[0].reports.keys()
     with autocast():

@@ -1,9 +1,9 @@
-"""The README's first two tables, as Markdown, from several evaluations, one a seed.
+"""The README's first tables, as Markdown, from several evaluations, one a seed.
 
     python -m tests.table out-0/eval.json out-1/eval.json out-2/eval.json      figures
     python -m tests.table out-0 out-1 out-2                                    what is left of each habit
 
-Figures: for each metric the mean over seeds for SFT, control and the two recipes, and each recipe's difference to the
+Figures: for each metric the mean over seeds for SFT, control and every recipe, and each recipe's difference to the
 control, seed by seed, in bold where the seed's paired 95 % interval excludes 0. Habits: how many of the triggers
 without their companion the greedy report states it for, all seeds together, on the test phantoms of `sample.py --seed 7`."""
 
@@ -15,7 +15,6 @@ from data import PHRASES, Phantoms, key, read_findings
 from sample import absent_companions
 from tests import compare
 
-RECIPES = {"bidpo": "dpo", "bidpo-c2": "bidpo-c2"}           # title: folder under --out
 MORE = {"report/t1.0/laterality": "wrong side ↓, T = 1", "report/greedy/exact": "exact finding sets, greedy",
         "generate/cfg1.5/extra": "text→image extra ↓", "generate/cfg1.5/missing": "text→image missing ↓"}
 READING = [f"report/{d}/{m}" for m in ("companion", "chair_i", "chair_s", "recall", "f1", "laterality") for d in ("greedy", "t1.0")]
@@ -24,18 +23,30 @@ ROWS = {k: (compare.ROWS | MORE)[k] for k in (
     "segment/dice_large", "generate/cfg1/f1", *(f"generate/cfg1.5/{m}" for m in ("f1", "extra", "missing", "frechet")))}
 
 
+def title_of(model):
+    """What the README calls a folder under --out."""
+    return {"sft": "SFT", "dpo": "bidpo"}.get(model, model)
+
+
+def models_of(evaluation):
+    """SFT, control and what is compared with it, the default first, of an eval.json."""
+    recipes = [name for name in evaluation if f"{name} minus control" in evaluation]
+    return ["sft", "control", *sorted(recipes, key=lambda name: name != "dpo")]
+
+
 def table(seeds):
     """Markdown of the contents of eval.json files, one a seed."""
     show = lambda v: "-" if v is None else f"{v:.0f}" if abs(v) >= 10 else f"{v:.3f}"
     mean = lambda values: None if None in values else sum(values) / len(values)          # None: nothing to count
     bold = lambda d: "**" if d["low"] * d["high"] > 0 else ""
     differ = lambda d: "-" if d is None or d["value"] is None else f"{bold(d)}{d['value']:+.3f}{bold(d)}"
-    recipes = {r: folder for r, folder in RECIPES.items() if all(folder in s for s in seeds)}
-    titles = ["SFT", "control", *recipes, *(f"{r} − control, by seed" for r in recipes)]
+    models = models_of(seeds[0])
+    recipes = models[2:]
+    titles = [*map(title_of, models), *(f"{title_of(r)} − control, by seed" for r in recipes)]
     lines = ["| metric | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (2 + len(recipes)) + " --- |" * len(recipes)]
     for metric, name in ROWS.items():
-        cells = [show(mean([s[m][metric]["value"] for s in seeds])) for m in ("sft", "control", *recipes.values())]
-        cells += [" ".join(differ(s[f"{r} minus control"].get(metric)) for s in seeds) for r in recipes.values()]
+        cells = [show(mean([s[m][metric]["value"] for s in seeds])) for m in models]
+        cells += [" ".join(differ(s[f"{r} minus control"].get(metric)) for s in seeds) for r in recipes]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -43,8 +54,7 @@ def table(seeds):
 def habits(folders, seed=7):
     """Markdown: how often absent companions are stated, by trigger; apart where the finding is there, on another side."""
     read = lambda folder, model: json.loads((folder / f"eval/{model}.captions.json").read_text())
-    recipes = {r: m for r, m in RECIPES.items() if all((f / f"eval/{m}.captions.json").exists() for f in folders)}
-    models = ["sft", "control", *recipes.values()]
+    models = models_of(json.loads((folders[0] / "eval.json").read_text()))
     records = list(Phantoms("test", len(read(folders[0], "sft")), bias=0, seed=seed))
     for folder in folders:
         true = json.loads((folder / "references.json").read_text())["annotations"]
@@ -63,7 +73,7 @@ def habits(folders, seed=7):
     order = sorted(cases, key=lambda habit: -told[habit][0])
     cases["all"] = [case for habit in order for case in cases[habit]]
     told["all"] = [sum(told[habit][j] for habit in order) for j in range(len(models))]
-    lines = ["| habit | cases | " + " | ".join(["SFT", "control", *recipes]) + " |", "| --- |" + " ---: |" * (1 + len(models))]
+    lines = ["| habit | cases | " + " | ".join(map(title_of, models)) + " |", "| --- |" + " ---: |" * (1 + len(models))]
     for habit in (*order, "all"):
         n = len(folders) * len(cases[habit])
         shares = [f"{k} ({k / n:.2f})" if n else "-" for k in told[habit]]

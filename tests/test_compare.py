@@ -59,7 +59,9 @@ def test_habits_count_stated_companions_by_trigger(tmp_path):
     records = Phantoms("test", 200, bias=0, seed=7)
     (tmp_path / "eval").mkdir()
     (tmp_path / "references.json").write_text(json.dumps({"annotations": [{"caption": r.text} for r in records]}))
-    for model in ("sft", "control", *table.RECIPES.values()):
+    models = ("sft", "control", "bidpo-c2", "dpo")
+    (tmp_path / "eval.json").write_text(json.dumps(dict.fromkeys((*models, "dpo minus control", "bidpo-c2 minus control"), {})))
+    for model in models:
         said = " Small left pleural effusion." if model == "sft" else ""
         (tmp_path / f"eval/{model}.captions.json").write_text(json.dumps([{"caption": r.text + said} for r in records]))
     sides = [[f.side for f in r.findings if f.name == "effusion"] for r in records
@@ -72,8 +74,7 @@ def test_habits_count_stated_companions_by_trigger(tmp_path):
     count = lambda row, column: int(row.split(" | ")[column].split()[0])
     assert [count(rows[-1], c) for c in (1, 2, 3)] == [sum(count(r, c) for r in rows[2:-1]) for c in (1, 2, 3)]
     assert count(rows[-1], 2) == alone + wrong
-    (tmp_path / "eval/bidpo-c2.captions.json").unlink()
-    assert table.habits([tmp_path]).splitlines()[0] == "| habit | cases | SFT | control | bidpo |"
+    assert rows[0] == "| habit | cases | SFT | control | bidpo | bidpo-c2 |"
     with pytest.raises(SystemExit, match="was not evaluated on the 200 test phantoms of `sample.py --seed 8`"):
         table.habits([tmp_path], seed=8)
 

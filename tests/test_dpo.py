@@ -271,8 +271,8 @@ def test_margins_grow_on_one_batch_in_every_comparison(model, objective):
 # Pairs
 
 
-def pairs_of(records, n=12, kinds=("noise", "mirror", "add"), seed=0, vqgan=None):
-    cfg = dpo.DPOConfig(pairs=n, distort=kinds, seed=seed)
+def pairs_of(records, n=12, kinds=("noise", "mirror", "add"), seed=0, vqgan=None, candidates=1):
+    cfg = dpo.DPOConfig(pairs=n, distort=kinds, seed=seed, candidates=candidates)
     return dpo.build_pairs(records, cfg, vqgan or Means(), None, "cpu", contextlib.nullcontext)
 
 
@@ -320,6 +320,32 @@ def test_n_bounds_the_pairs_and_records_are_used_once():
     pairs = pairs_of(Phantoms("train", 300, size=16), n=1000, kinds=("invert",))
     assert len(pairs) == len({p.name for p in pairs}) == 300
     assert len(pairs_of(Phantoms("train", 300, size=16), n=7, kinds=("invert",))) == 7
+
+
+def test_candidates_are_different_distortions_of_one_record_the_first_as_without_them():
+    records = Phantoms("train", 60)
+    one, many = (pairs_of(records, n=60, kinds=("remove",), candidates=c) for c in (1, 5))
+    found = {p.index: [q for q in many if q.index == p.index] for p in one}
+    assert as_tuples([pairs[0] for pairs in found.values()]) == as_tuples(one)
+    for index, pairs in found.items():
+        expected = 5 if not records[index].findings else len(records[index].findings)      # a normal one takes additions
+        assert 1 <= len(pairs) <= expected and len({q.distorted.tobytes() for q in pairs}) == len(pairs)
+    assert {len(pairs) for pairs in found.values()} >= {1, 2, 3}
+
+
+def test_of_a_records_pairs_the_one_noticed_least_is_taken():
+    first, second = make_pairs()
+    pairs = [first, replace(first, kind="mirror"), second, replace(first, kind="other")]
+    assert [p.kind for p in dpo.least_noticed(pairs, torch.tensor([-3.0, -1.0, -9.0, -2.0]))] == ["mirror", "add"]
+
+
+def test_candidates_leave_one_pair_a_record(trained, tmp_path):
+    flags = copy_stages(trained, tmp_path / "out", "vqgan", "sft")
+    dpo.main([*flags, "--steps", "1", "--objective", "dpo", "--candidates", "3"])
+    hard, plain = ([json.loads(line) for line in (out / "pairs/pairs.jsonl").read_text().splitlines()]
+                   for out in (tmp_path / "out", trained))
+    indices = [p["index"] for p in hard]
+    assert len(indices) == len(set(indices)) and {p["index"] for p in plain} <= set(indices) and hard != plain
 
 
 def test_a_statement_is_about_findings_not_about_words():
