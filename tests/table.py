@@ -28,9 +28,11 @@ def title_of(model):
     return {"sft": "SFT", "dpo": "bidpo"}.get(model, model)
 
 
-def models_of(evaluation):
-    """SFT, control and what is compared with it, the default first, of an eval.json."""
-    recipes = [name for name in evaluation if f"{name} minus control" in evaluation]
+def models_of(evaluations):
+    """SFT, control and what all of the eval.json compare with it, the default first."""
+    if not all("control" in e for e in evaluations):
+        sys.exit("every evaluation needs a control: run `python dpo.py --objective sft` and `python sample.py` there first")
+    recipes = [name for name in evaluations[0] if all(f"{name} minus control" in e for e in evaluations)]
     return ["sft", "control", *sorted(recipes, key=lambda name: name != "dpo")]
 
 
@@ -40,7 +42,7 @@ def table(seeds):
     mean = lambda values: None if None in values else sum(values) / len(values)          # None: nothing to count
     bold = lambda d: "**" if d["low"] * d["high"] > 0 else ""
     differ = lambda d: "-" if d is None or d["value"] is None else f"{bold(d)}{d['value']:+.3f}{bold(d)}"
-    models = models_of(seeds[0])
+    models = models_of(seeds)
     recipes = models[2:]
     titles = [*map(title_of, models), *(f"{title_of(r)} − control, by seed" for r in recipes)]
     lines = ["| metric | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (2 + len(recipes)) + " --- |" * len(recipes)]
@@ -54,7 +56,7 @@ def table(seeds):
 def habits(folders, seed=7):
     """Markdown: how often absent companions are stated, by trigger; apart where the finding is there, on another side."""
     read = lambda folder, model: json.loads((folder / f"eval/{model}.captions.json").read_text())
-    models = models_of(json.loads((folders[0] / "eval.json").read_text()))
+    models = models_of([json.loads((f / "eval.json").read_text()) for f in folders])
     records = list(Phantoms("test", len(read(folders[0], "sft")), bias=0, seed=seed))
     for folder in folders:
         true = json.loads((folder / "references.json").read_text())["annotations"]
@@ -85,4 +87,6 @@ if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     paths = list(map(Path, sys.argv[1:]))
+    if missing := [p for p in paths if not (p / "eval.json" if p.is_dir() else p).exists()]:
+        sys.exit(f"{missing[0]} is not there: run `python sample.py --out {missing[0].parent if missing[0].suffix else missing[0]}` first")
     print(habits(paths) if paths[0].is_dir() else table([json.loads(p.read_text()) for p in paths]))

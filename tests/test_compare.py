@@ -52,6 +52,16 @@ def test_the_first_table_shows_what_could_not_be_counted_as_a_dash():
     assert rows[0] == "| metric | SFT | control | bidpo | bidpo − control, by seed |"
     assert "| companion hallucination ↓, greedy | 0.250 | 0.250 | 0.250 | **-0.100** |" in rows
     assert "| recall, greedy | - | - | - | - |" in rows
+    with pytest.raises(SystemExit, match="every evaluation needs a control"):
+        table.table([{"sft": model, "dpo": model}])
+
+
+def test_the_first_table_shows_the_recipes_that_all_seeds_have():
+    model, more = {m: {"value": 0.25} for m in table.ROWS}, {"bidpo-c2 minus control": {}, "dpo minus control": {}}
+    one = dict.fromkeys(("sft", "control", "bidpo-c2", "dpo"), model) | more
+    two = {k: v for k, v in one.items() if "c2" not in k}
+    assert table.table([one, one]).splitlines()[0].startswith("| metric | SFT | control | bidpo | bidpo-c2 | bidpo − control")
+    assert table.table([one, two]).splitlines()[0] == "| metric | SFT | control | bidpo | bidpo − control, by seed |"
 
 
 def test_habits_count_stated_companions_by_trigger(tmp_path):
