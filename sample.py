@@ -166,21 +166,21 @@ def score_findings(stated, records, ratios, have=True):
     return result, counts
 
 
-def absent_companions(record):
-    """(trigger, companion) for each trigger whose companion is not in the image; none for files, which have no habits."""
+def triggers_of(record):
+    """(trigger, its companion, whether that is in the image) for each trigger in a phantom; none for files."""
     if not record.spec:
         return []
     true = {key(f) for f in record.findings}
     found = [(f, COMPANIONS[f.name](f)) for f in record.findings if f.name in COMPANIONS]
-    return [(trigger, companion) for trigger, companion in found if key(companion) not in true]
+    return [(trigger, companion, key(companion) in true) for trigger, companion in found]
 
 
 def companions(stated, records):
     """Per record: triggers shown without their companion, and how many of these companions are stated."""
     asked, told = np.zeros(len(records)), np.zeros(len(records))
     for i, (said, record) in enumerate(zip(stated, records)):
-        said, absent = {key(f) for f in said}, absent_companions(record)
-        asked[i], told[i] = len(absent), sum(key(companion) in said for _, companion in absent)
+        said, absent = {key(f) for f in said}, [c for _, c, there in triggers_of(record) if not there]
+        asked[i], told[i] = len(absent), sum(key(companion) in said for companion in absent)
     return asked, told
 
 

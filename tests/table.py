@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from data import PHRASES, Phantoms, key, read_findings
-from sample import absent_companions
+from sample import triggers_of
 from tests import compare
 
 MORE = {"report/t1.0/laterality": "wrong side ↓, T = 1", "report/greedy/exact": "exact finding sets, greedy",
@@ -21,6 +21,7 @@ READING = [f"report/{d}/{m}" for m in ("companion", "chair_i", "chair_s", "recal
 ROWS = {k: (compare.ROWS | MORE)[k] for k in (
     *READING, *(f"report/greedy/{m}" for m in ("exact", "distinct", "unchanged_by_noise")), "ask/accuracy", "segment/dice",
     "segment/dice_large", "generate/cfg1/f1", *(f"generate/cfg1.5/{m}" for m in ("f1", "extra", "missing", "frechet")))}
+THERE = "companion there, and rightly stated"
 
 
 def title_of(model):
@@ -64,19 +65,19 @@ def habits(folders, seed=7):
             sys.exit(f"{folder} was not evaluated on the {len(records)} test phantoms of `sample.py --seed {seed}`")
     cases = {}                                                # habit: (record, key of the companion) of each case
     for i, record in enumerate(records):
-        for trigger, companion in absent_companions(record):
+        for trigger, companion, there in triggers_of(record):
             elsewhere = companion.name in {f.name for f in record.findings}
-            habit = f"{trigger.name} → {companion.name}" + (", shown on the wrong side" if elsewhere else "")
+            habit = THERE if there else f"{trigger.name} → {companion.name}" + (", shown on the wrong side" if elsewhere else "")
             cases.setdefault(habit, []).append((i, key(companion)))
     said = {m: [[{key(f) for f in read_findings(c["caption"], PHRASES)} for c in read(folder, m)] for folder in folders]
             for m in models}
     told = {habit: [sum(companion in reports[i] for reports in said[m] for i, companion in found) for m in models]
             for habit, found in cases.items()}
-    order = sorted(cases, key=lambda habit: -told[habit][0])
+    order = sorted(cases.keys() - {THERE}, key=lambda habit: (-told[habit][0], habit))
     cases["all"] = [case for habit in order for case in cases[habit]]
     told["all"] = [sum(told[habit][j] for habit in order) for j in range(len(models))]
     lines = ["| habit | cases | " + " | ".join(map(title_of, models)) + " |", "| --- |" + " ---: |" * (1 + len(models))]
-    for habit in (*order, "all"):
+    for habit in (*order, "all", *({THERE} & cases.keys())):
         n = len(folders) * len(cases[habit])
         shares = [f"{k} ({k / n:.2f})" if n else "-" for k in told[habit]]
         lines.append(f"| {habit} | {n} | " + " | ".join(shares) + " |")
@@ -87,6 +88,7 @@ if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     paths = list(map(Path, sys.argv[1:]))
-    if missing := [p for p in paths if not (p / "eval.json" if p.is_dir() else p).exists()]:
-        sys.exit(f"{missing[0]} is not there: run `python sample.py --out {missing[0].parent if missing[0].suffix else missing[0]}` first")
+    for path in paths:
+        if not (path / "eval.json" if path.is_dir() else path).exists():
+            sys.exit(f"{path} is not there: run `python sample.py --out {path.parent if path.suffix else path}` first")
     print(habits(paths) if paths[0].is_dir() else table([json.loads(p.read_text()) for p in paths]))

@@ -82,8 +82,10 @@ def test_habits_count_stated_companions_by_trigger(tmp_path):
     title = "cardiomegaly → effusion, shown on the wrong side"
     assert wrong > 0 and f"| {title} | {wrong} | {wrong} (1.00) | 0 (0.00) | 0 (0.00) | 0 (0.00) |" in rows
     count = lambda row, column: int(row.split(" | ")[column].split()[0])
-    assert [count(rows[-1], c) for c in (1, 2, 3)] == [sum(count(r, c) for r in rows[2:-1]) for c in (1, 2, 3)]
-    assert count(rows[-1], 2) == alone + wrong
+    assert [count(rows[-2], c) for c in (1, 2, 3)] == [sum(count(r, c) for r in rows[2:-2]) for c in (1, 2, 3)]
+    assert rows[-2].startswith("| all | ") and count(rows[-2], 2) == alone + wrong
+    there = sum({"atrophy", "lesions"} <= {f.name for f in r.findings} for r in records)          # the pair without sides
+    assert rows[-1].startswith(f"| {table.THERE} | ") and count(rows[-1], 1) == count(rows[-1], 3) >= there > 0
     assert rows[0] == "| habit | cases | SFT | control | bidpo | bidpo-c2 |"
     with pytest.raises(SystemExit, match="was not evaluated on the 200 test phantoms of `sample.py --seed 8`"):
         table.habits([tmp_path], seed=8)
