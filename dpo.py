@@ -72,7 +72,7 @@ class DPOConfig(TuneConfig):
     steps: int = arg(300, "optimizer steps")
     batch_size: int = arg(16, "pairs a step")
     pairs: int = arg(4800, "pairs to build, from as many training records")
-    distort: tuple = arg(("remove",), "kinds of distortion, mixed evenly: " + " ".join(DISTORTIONS))
+    distort: tuple = arg(("remove",), "kinds of distortion, drawn evenly: " + " ".join(DISTORTIONS))
     candidates: int = arg(1, "distorted images to try for a pair; the one that the SFT model notices least is taken")
     strength: int = arg(500, "noise and region-noise: DDPM step, 1 to 1000")
     rejected: tuple = arg(("distorted",), "who writes the rejected report, mixed evenly: the SFT model shown the "
@@ -253,6 +253,7 @@ class Pair:
     proposals: np.ndarray | None = None     # (k, N) masks of the structure that the SFT model drew
     scores: np.ndarray | None = None        # (2, k) their Dice with each other, and with the true mask
     # what one run takes of all this
+    wording: int = 0             # which of the three ways to ask
     rejected: str = ""
     masks: tuple = ()            # chosen and rejected codes
 
@@ -288,6 +289,12 @@ def key_region(record, model, vocab, vqgan, channels, device, autocast):
                                                vocab.pad, device))
     cost = (logps[0] - logps[1:]).cpu().numpy()
     return np.isin(blocks(h, w), np.flatnonzero(cost >= cost.max() / 2)) if cost.max() > 0 else None
+
+
+def count_kinds(pairs):
+    """"12 pairs (9 remove, 3 add)": what there is, for the screen."""
+    used = ", ".join(f"{c} {k}" for k, c in Counter(p.kind for p in pairs).most_common())
+    return f"{len(pairs)} pairs ({used})"
 
 
 def build_pairs(records, cfg, vqgan, region, device, autocast):
@@ -331,16 +338,15 @@ def build_pairs(records, cfg, vqgan, region, device, autocast):
     if not pairs:
         raise UserError(f"no usable preference pair: dropped {counts or 'nothing, there are no records'}; try another "
                         "--distort")
-    used = ", ".join(f"{c} {k}" for k, c in Counter(p.kind for p in pairs).most_common())
-    tqdm.write(f"{len(pairs)} pairs ({used})" + (f"; dropped {counts}" if counts else ""))
+    tqdm.write(count_kinds(pairs) + (f"; dropped {counts}" if counts else ""))
     return pairs
 
 
 def least_noticed(pairs, logps):
     """Of a record's pairs the one with the greatest log π(y_w|m'), where the SFT model hardly notices the distortion.
 
-    There it follows habit: what the report states is gone, and it still seems to fit. Our choice, after the hard
-    negatives of contrastive learning (arXiv:2010.04592). logps: (n,)."""
+    There it follows habit (what the report states is gone, and it still seems to fit), or the change is hard to see.
+    Our choice, after the hard negatives of contrastive learning (arXiv:2010.04592). logps: (n,)."""
     best = {}
     for pair, logp in zip(pairs, logps.tolist()):
         if pair.index not in best or logp > best[pair.index][0]:
@@ -402,12 +408,13 @@ def mine(scores, mining, noise, rng):
 
 
 def choose_rejected(pairs, cfg, phrases):
-    """Set each pair's rejected report and masks as cfg wants them; which pairs count: {comparison: (n,) bool}.
+    """Set each pair's wording, rejected report and masks as cfg wants them; which pairs count: {comparison: (n,) bool}.
 
     Raises UserError where a comparison of the objective has no pair whose two sides differ."""
     keep = {name: np.ones(len(pairs), bool) for name in OBJECTIVES[cfg.objective][1]}
     flipped = np.random.default_rng([cfg.seed, 12]).random(len(pairs)) < cfg.flip_pairs
     for i, pair in enumerate(pairs):
+        pair.wording = int(np.random.default_rng([cfg.seed, 6, i]).integers(3))
         pair.rejected = pair.reports[cfg.rejected[i % len(cfg.rejected)]]
         if "mask" in keep:
             pair.masks = (pair.codes, pair.codes)              # a placeholder that `keep` leaves out
@@ -480,6 +487,7 @@ def load_or_build_pairs(cfg, data, vqgan, model, vocab, device, autocast):
         if cfg.candidates > 1:
             logps = reference_logps(model, pairs, ("text_distorted",), vocab, cfg, device, autocast)
             pairs = least_noticed(pairs, logps["text_distorted"])
+            tqdm.write(f"of these kept, the least noticed of each record: {count_kinds(pairs)}")
     compared = OBJECTIVES[cfg.objective][1]
     writers = {*cfg.rejected, "distorted", *(w for b, w in BIASED.items() if b in compared)} - pairs[0].reports.keys()
     with autocast():
@@ -506,12 +514,12 @@ def load_or_build_pairs(cfg, data, vqgan, model, vocab, device, autocast):
 # ---------------------------------------------------------------------------------------------
 
 
-def pair_examples(pair, names, vocab, wording):
+def pair_examples(pair, names, vocab):
     """The named (prompt, response) sequences of a pair."""
-    asked = INSTRUCTIONS["report"][wording]
+    asked = INSTRUCTIONS["report"][pair.wording]
     genuine = vocab.understand(pair.codes, asked)
-    drawn = vocab.draw(INSTRUCTIONS["generate"][wording].format(pair.chosen))
-    outlined = vocab.segment(pair.codes, pair.structure, wording)
+    drawn = vocab.draw(INSTRUCTIONS["generate"][pair.wording].format(pair.chosen))
+    outlined = vocab.segment(pair.codes, pair.structure, pair.wording)
     text, image = vocab.text_response, vocab.image_response
     made = {"text_chosen": lambda: (genuine, text(pair.chosen)),
             "text_rejected": lambda: (genuine, text(pair.rejected)),
@@ -525,12 +533,9 @@ def pair_examples(pair, names, vocab, wording):
     return [made[name]() for name in names]
 
 
-def pair_batch(pairs, indices, names, vocab, seed, device):
-    """ids and labels (len(names)·B, T) of some pairs, one kind of sequence after the other.
-
-    A pair's wording hangs on (seed, index) alone, so policy and reference see the same tokens."""
-    rows = [pair_examples(pairs[i], names, vocab, int(np.random.default_rng([seed, 6, int(i)]).integers(3)))
-            for i in indices]
+def pair_batch(pairs, indices, names, vocab, device):
+    """ids and labels (len(names)·B, T) of some pairs, one kind of sequence after the other."""
+    rows = [pair_examples(pairs[i], names, vocab) for i in indices]
     return collate([row[k] for k in range(len(names)) for row in rows], vocab.pad, device)
 
 
@@ -559,7 +564,7 @@ def reference_logps(model, pairs, names, vocab, cfg, device, autocast):
     for start in tqdm(range(0, len(pairs), cfg.batch_size), desc="reference", unit="batch", leave=False):
         indices = range(start, min(start + cfg.batch_size, len(pairs)))
         with autocast():
-            chunks.append(score(model, *pair_batch(pairs, indices, names, vocab, cfg.seed, device), names)[0])
+            chunks.append(score(model, *pair_batch(pairs, indices, names, vocab, device), names)[0])
     return {k: torch.cat([c[k] for c in chunks]) for k in chunks[0]}
 
 
@@ -669,7 +674,7 @@ def train(cfg):
         indices = pick_pairs(pairs, cfg, step)
         at = torch.as_tensor(indices, device=device)
         with autocast():
-            logps, sizes = score(model, *pair_batch(pairs, indices, names, vocab, cfg.seed, device), names)
+            logps, sizes = score(model, *pair_batch(pairs, indices, names, vocab, device), names)
             rehearsal = response_loss(model, *make_rehearsal(studies, cfg, vocab, step, device))
         ratios = {k: v - reference[k][at] for k, v in logps.items()}
         keep = {k: v[at] for k, v in keep_all.items()}

@@ -184,7 +184,7 @@ def test_score_sums_responses_and_the_codes_that_differ(model):
     names = dpo.sequences_of("rndpo")
     pairs = make_pairs()
     dpo.choose_rejected(pairs, config("rndpo"), PHRASES)
-    ids, labels = dpo.pair_batch(pairs, [0, 1], names, VOCAB, 0, "cpu")
+    ids, labels = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
     sums, sizes = dpo.score(model, ids, labels, names)
     for name in names:
         torch.testing.assert_close(sums[name], sequence_logps(model, ids, labels).view(len(names), 2)[names.index(name)])
@@ -213,7 +213,7 @@ def test_what_each_sequence_holds():
     pair.rejected, pair.masks = "Normal.", (pair.proposals[0], pair.proposals[2])
     names = ("text_chosen", "image_chosen", "text_rejected", "image_rejected", "text_distorted", "text_language", "text_vision",
              "mask_chosen", "mask_rejected")
-    made = dict(zip(names, dpo.pair_examples(pair, names, VOCAB, 0)))
+    made = dict(zip(names, dpo.pair_examples(pair, names, VOCAB)))
     genuine, twisted = VOCAB.image(pair.codes), VOCAB.image(pair.distorted)
     for name in ("text_chosen", "text_rejected", "text_language", "text_vision"):
         assert made[name][0] == made["text_chosen"][0] and made[name][0][1:7] == genuine
@@ -234,8 +234,8 @@ def test_every_objective_trains_on_the_controls_chosen_sequences(objective):
     pairs = make_pairs()
     dpo.choose_rejected(pairs, config(objective), PHRASES)
     names = dpo.sequences_of(objective)
-    whole, _ = dpo.pair_batch(pairs, [0, 1], names, VOCAB, 0, "cpu")
-    control, _ = dpo.pair_batch(pairs, [0, 1], dpo.CHOSEN, VOCAB, 0, "cpu")
+    whole, _ = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
+    control, _ = dpo.pair_batch(pairs, [0, 1], dpo.CHOSEN, VOCAB, "cpu")
     assert whole.size(0) == 2 * len(names) and torch.equal(whole[:4, :control.size(1)], control)
 
 
@@ -244,7 +244,7 @@ def test_log_ratios_are_zero_at_step_0(model):
     cfg, names, pairs = config("bidpo"), dpo.sequences_of("bidpo"), make_pairs()
     dpo.choose_rejected(pairs, cfg, PHRASES)
     reference = dpo.reference_logps(model, pairs, names, VOCAB, cfg, "cpu", torch.no_grad)
-    logps, _ = dpo.score(model, *dpo.pair_batch(pairs, [1, 0], names, VOCAB, cfg.seed, "cpu"), names)
+    logps, _ = dpo.score(model, *dpo.pair_batch(pairs, [1, 0], names, VOCAB, "cpu"), names)
     for k, v in logps.items():
         torch.testing.assert_close(v, reference[k][[1, 0]], atol=1e-4, rtol=0)
 
@@ -254,7 +254,7 @@ def test_margins_grow_on_one_batch_in_every_comparison(model, objective):
     cfg, names, pairs = config(objective), dpo.sequences_of(objective), make_pairs()
     keep = {k: torch.tensor(v).float() for k, v in dpo.choose_rejected(pairs, cfg, PHRASES).items()}
     reference = dpo.reference_logps(model, pairs, names, VOCAB, cfg, "cpu", torch.no_grad)
-    batch = dpo.pair_batch(pairs, [0, 1], names, VOCAB, cfg.seed, "cpu")
+    batch = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(30):
         logps, sizes = dpo.score(model, *batch, names)
@@ -339,9 +339,13 @@ def test_of_a_records_pairs_the_one_noticed_least_is_taken():
     assert [p.kind for p in dpo.least_noticed(pairs, torch.tensor([-3.0, -1.0, -9.0, -2.0]))] == ["mirror", "add"]
 
 
-def test_candidates_leave_one_pair_a_record(trained, tmp_path):
-    flags = copy_stages(trained, tmp_path / "out", "vqgan", "sft")
+def test_candidates_leave_one_pair_a_record_by_its_report_on_the_distorted_image(trained, tmp_path, monkeypatch):
+    """All candidates are asked with one wording: else the wording decides, and not the image."""
+    flags, asked, real = copy_stages(trained, tmp_path / "out", "vqgan", "sft"), [], dpo.reference_logps
+    spy = lambda model, pairs, names, *more: asked.append((names, {p.wording for p in pairs})) or real(model, pairs, names, *more)
+    monkeypatch.setattr(dpo, "reference_logps", spy)
     dpo.main([*flags, "--steps", "1", "--objective", "dpo", "--candidates", "3"])
+    assert asked == [(("text_distorted",), {0}), (dpo.sequences_of("dpo"), {0, 1, 2})]
     hard, plain = ([json.loads(line) for line in (out / "pairs/pairs.jsonl").read_text().splitlines()]
                    for out in (tmp_path / "out", trained))
     indices = [p["index"] for p in hard]
