@@ -386,19 +386,23 @@ def write_report(spec):
     return " ".join([opening, *sentences])
 
 
+def ask_whether(kind, wording):
+    """The question whether an image shows a finding, in one of two wordings."""
+    article = "" if kind.absent.endswith("lesions") else "an " if kind.absent[0] in "aeiou" else "a "
+    return ("Is there {}?", "Does the image show {}?")[wording].format(article + kind.absent)
+
+
 def ask_phantom(spec):
     """Questions and answers of a phantom: one present, one absent, one side, the modality."""
     r = spec.rng("questions")
     kinds = MODALITIES[spec.modality]
     present = {f.name: f for f in spec.findings}
     absent = [n for n in kinds if n not in present]
-    article = lambda noun: noun if noun.endswith("lesions") else f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
-    is_there = lambda name: r.choice(("Is there {}?", "Does the image show {}?")).format(article(kinds[name].absent))
     questions = [("Which modality is this?", f"{spec.modality[0].upper() + spec.modality[1:]}.")]
     if present:
-        questions.append((is_there(r.choice(list(present))), "Yes."))
+        questions.append((ask_whether(kinds[r.choice(list(present))], r.integers(2)), "Yes."))
     if absent:
-        questions.append((is_there(r.choice(absent)), "No."))
+        questions.append((ask_whether(kinds[r.choice(absent)], r.integers(2)), "No."))
     if sided := [f for f in spec.findings if f.side]:
         f = sided[r.integers(len(sided))]
         questions.append((f"On which side is the {kinds[f.name].absent}?", f"{f.side.capitalize()}."))

@@ -11,8 +11,8 @@
 
 Reports are scored against what is known to be in the image: CHAIR (arXiv:1809.02156) counts findings
 stated that are not there, recall findings that are there and stated; neither means much alone. Companion
-hallucination is language bias made countable: among test images that show a trigger without its companion,
-the share of reports that state the companion. Drawn images are read by a judge, a small classifier
+hallucination is language bias made countable: of the triggers that test images show without their companion,
+the share for which the report states the companion. Drawn images are read by a judge, a small classifier
 trained on true images (phantoms: of other patients); its own F1 on true images stands beside. Not for clinical use.
 """
 
@@ -36,9 +36,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from data import (BODY_PHRASES, COMPANIONS, INSTRUCTIONS, MAX_TEXT, MODALITY_PHRASES, BadRow, Finding, Phantoms,
-                  add_noise, check_data, encode_images, image_source, key, lexicon, match_findings, open_data,
-                  read_findings, read_image, read_term, stack, statement, to_images, to_pixels)
+from data import (BODY_PHRASES, COMPANIONS, INSTRUCTIONS, MAX_TEXT, MODALITIES, MODALITY_PHRASES, BadRow, Finding,
+                  Phantoms, add_noise, ask_whether, check_data, encode_images, image_source, key, lexicon, match_findings,
+                  open_data, read_findings, read_image, read_term, stack, statement, to_images, to_pixels)
 from model import (RunConfig, UserError, arg, batch_indices, cli, generate, get_lr, init_run, load_folder,
                    load_weights, read_log, run, save_folder, set_lr, weights_hash, write_text)
 from dpo import read_pairs
@@ -576,15 +576,34 @@ def evaluate_drawings(model, vocab, vqgan, bench, autocast, guidance):
     return {f"generate/cfg{guidance:g}/{k}": v for k, v in result.items()}
 
 
+def plain(answer):
+    """An answer without case and full stop, as answers are compared."""
+    return answer.lower().strip(" .")
+
+
 def evaluate_answers(model, vocab, bench):
-    """One question a record, the answer right if its words are (case and full stop aside)."""
+    """One question a record; the share of right answers."""
     asked = [r.questions[i % len(r.questions)] if r.questions else ("", "") for i, r in enumerate(bench.records)]
     if not any(q for q, _ in asked):
         return {}
     said = answer(model, vocab, list(bench.codes), [q for q, _ in asked])
-    plain = lambda s: s.lower().strip(" .")
     return {"ask/accuracy": bench.ratios([bool(q) and plain(s) == plain(a) for s, (q, a) in zip(said, asked)],
                                          [bool(q) for q, _ in asked])}
+
+
+def ask_companions(model, vocab, bench):
+    """The habit, asked for: of the triggers that images show without their companion, on either side, the share for
+    which "Is there a pleural effusion?" is answered with yes."""
+    cases = [(i, ask_whether(MODALITIES[r.spec.modality][c.name], 0)) for i, r in enumerate(bench.records)
+             for _, c, _ in triggers_of(r) if c.name not in {f.name for f in r.findings}]
+    if not cases:
+        return {}
+    said = answer(model, vocab, [bench.codes[i] for i, _ in cases], [q for _, q in cases])
+    asked, yes = np.zeros(len(bench.records)), np.zeros(len(bench.records))
+    for (i, _), text in zip(cases, said):
+        asked[i] += 1
+        yes[i] += plain(text) == "yes"
+    return {"ask/companion": bench.ratios(yes, asked)}
 
 
 def evaluate_masks(model, vocab, vqgan, bench):
@@ -629,7 +648,7 @@ def evaluate_model(name, model, vocab, vqgan, bench, autocast):
         return kept
     with autocast():
         reports, texts = evaluate_reports(model, vocab, bench)
-        result = {**reports, **evaluate_answers(model, vocab, bench),
+        result = {**reports, **evaluate_answers(model, vocab, bench), **ask_companions(model, vocab, bench),
                   **evaluate_masks(model, vocab, vqgan, bench),
                   **evaluate_drawings(model, vocab, vqgan, bench, autocast, 1.0),
                   **evaluate_drawings(model, vocab, vqgan, bench, autocast, cfg.guidance)}
@@ -713,7 +732,7 @@ def tile(pixels, size):
 
 def worth_showing(bench, n):
     """n records to show: first those that tempt to state a companion, then those with several findings."""
-    tempting = companions([()] * len(bench.records), bench.records)[0] if bench.known else np.zeros(len(bench.records))
+    tempting = companions([()] * len(bench.records), bench.records)[0]
     order = sorted(range(len(bench.records)), key=lambda i: -len(bench.records[i].findings or ()))
     first = [i for i in order if tempting[i]][:n - n // 3]
     return (first + [i for i in order if i not in first])[:n]

@@ -2,7 +2,7 @@
 
     python -m tests.captioning --base out                       adapt out/sft to phantoms of other patients, without language bias
     python -m tests.captioning --base out --data DIR            ... to a folder of images and captions
-    python -m tests.captioning --table                          the tables, from .github/results/captioning.json
+    python -m tests.captioning --table --results .github/results         the README's tables, from captioning.json
 
 LoRA needs something to adapt, so every method starts from one model trained on phantoms (--base, its image tokenizer
 included) and sees the same images and reports for the same number of steps; questions, masks and drawings are left
@@ -22,7 +22,7 @@ import numpy as np
 import sample
 import sft
 from model import UserError, folder_hash, init_run, read_log, read_tensors, run, write_text
-from tests.compare import RESULTS, check_results, write_results
+from tests.compare import write_results
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 METHODS = {"full": ["--lr", "2e-3", "--muon-lr", "1e-2"], "LoRA q,v": ["--lora-rank", "8", "--lr", "4e-3"],
@@ -53,7 +53,7 @@ def measure(folder, bench, vqgan, device, autocast):
     return {k: found[f"report/greedy/{k}"][0] for k in ROWS if f"report/greedy/{k}" in found}
 
 
-def data_name(cfg):
+def name_of(cfg):
     """The folder's name, or "phantoms"."""
     return Path(cfg.data).resolve().name if cfg.data else "phantoms"
 
@@ -68,7 +68,7 @@ def compare(cfg):
     costs, base = {}, folder_hash(cfg.base / "sft")
     for seed in cfg.seeds:        # all training first: a process starts with the peak memory of the one that calls it
         for method, own in METHODS.items():
-            folder = cfg.out / f"{data_name(cfg)} {method} {seed}".replace(" ", "-")
+            folder = cfg.out / f"{name_of(cfg)} {method} {seed}".replace(" ", "-")
             flags = ["--init", cfg.base / "sft", "--preset", cfg.preset, "--data", cfg.data, "--bias", 0, *shape, *REPORTS, *own,
                      "--records", cfg.records, "--steps", cfg.steps, "--val-every", cfg.steps,
                      "--seed", 100 + seed]                 # phantoms are drawn from the seed: other patients than the base's
@@ -107,7 +107,7 @@ def main(argv=None):
     parser.add_argument("--base", type=Path, default=Path("out"), help="folder whose vqgan and sft are adapted (default: out)")
     parser.add_argument("--data", default="", help="folder of images and captions; empty: phantoms of other patients")
     parser.add_argument("--out", type=Path, default=Path("out-captioning"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of captioning.json")
+    parser.add_argument("--results", type=Path, default=Path("out-captioning"), help="folder of captioning.json")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     parser.add_argument("--steps", type=int, default=200, help="steps of each run (default: 200)")
     parser.add_argument("--records", type=int, default=4000, help="phantoms: training records (default: 4000)")
@@ -115,12 +115,13 @@ def main(argv=None):
     parser.add_argument("--preset", default="small", choices=("tiny", "small"), help="tiny: seconds, for tests")
     parser.add_argument("--table", action="store_true", help="train nothing, show what the results hold")
     cfg = parser.parse_args(argv)
-    check_results(cfg)
     path = cfg.results / "captioning.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if not cfg.table:
-        results[data_name(cfg)] = compare(cfg)
+        results[name_of(cfg)] = compare(cfg)
         write_results(path, results)
+    if not results:
+        raise UserError(f"{path} is not there: run `python -m tests.captioning` without --table first, or name --results")
     for name, found in results.items():
         print(f"\n{name}\n\n{table(found)}")
 

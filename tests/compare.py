@@ -2,12 +2,12 @@
 
     python -m tests.compare                                       the whole table; goes on where it stopped
     python -m tests.compare --bias 0.9 --seeds 0 --recipes control bidpo      a part of it
-    python -m tests.compare --table                               only the tables and the picture, from the results
-    python -m tests.compare --table --bias 0 --seeds 0            one unit's tables, including recipes that it alone has
+    python -m tests.compare --table --results .github/results     only the tables and the picture, here the README's
+    ... --bias 0 --seeds 0                                        of one unit, including recipes that it alone has
 
 A unit is one benchmark (--bias) and one seed: its own data, SFT model and pairs. Units share the image tokenizer
-and the judge; recipes share everything else. Each model's test figures go to .github/results, the
-tables to standard output, the picture to .github/compare.png. Hours on two cores; two units run side by side in
+and the judge; recipes share everything else. Each model's test figures go to --results, the picture beside that
+folder, the tables to standard output. The README's are in .github/results. Hours on two cores; two units run side by side in
 two shells with OMP_NUM_THREADS=1. Only the programs' own functions do the work."""
 
 import argparse
@@ -26,7 +26,6 @@ import sft
 import vqgan
 from model import UserError, cli, other_flags, read_figures, read_log, run, write_text
 
-RESULTS = Path(__file__).parents[1] / ".github" / "results"
 # Half the default length of stage 1, two thirds of stage 2's steps, pairs and rehearsal: minutes a recipe on one core.
 SCALE = {"vqgan": [], "sft": ["--steps", "1300", "--val-every", "130"],
          "dpo": ["--steps", "200", "--pairs", "3200", "--rehearsal-records", "3200"],
@@ -61,6 +60,7 @@ ROWS = {"report/greedy/companion": "companion hallucination ↓, greedy", "repor
         "report/greedy/f1": "finding F1, greedy", "report/t1.0/f1": "finding F1, T = 1",
         "report/greedy/laterality": "wrong side ↓, greedy", "report/greedy/unchanged_by_noise": "unchanged by noise ↓",
         "report/greedy/distinct": "distinct reports, greedy", "ask/accuracy": "questions right",
+        "ask/companion": "companion affirmed when asked ↓",
         "segment/dice": "Dice, all structures", "segment/dice_large": "Dice, large structures",
         "generate/cfg1/f1": "text→image F1, no guidance", "generate/cfg1.5/f1": "text→image F1, guidance 1.5",
         "generate/cfg1.5/frechet": "text→image Fréchet distance ↓", "drift/text_chosen": "drift of log π(report), nats",
@@ -89,13 +89,6 @@ def run_unit(out, shared, bias, seed, recipes, preset):
     sample.main([*flags, "--bias", str(bias), *scale["sample"]])
     borrow(out / "judge", shared / "judge")
     return collect(out)
-
-
-def check_results(cfg):
-    """Raise UserError where the figures of a tiny run would land among the measured ones."""
-    if cfg.preset == "tiny" and cfg.results.resolve() == RESULTS.resolve():
-        raise UserError(f"--preset tiny would mix its figures with the measured ones in {cfg.results}: name another folder "
-                        "with --results")
 
 
 def write_results(path, results):
@@ -212,7 +205,7 @@ def main(argv=None):
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out-compare"), help="folder of the runs (default: out-compare)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--results", type=Path, default=Path("out-compare/results"), help="folder of the result files (default: out-compare/results)")
     parser.add_argument("--bias", type=float, nargs="+", default=[0.9, 0.0], help="benchmarks (default: 0.9 0)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     parser.add_argument("--recipes", nargs="+", default=list(TABLE), choices=RECIPES, metavar="NAME",
@@ -220,7 +213,6 @@ def main(argv=None):
     parser.add_argument("--preset", default="small", choices=("tiny", "small"), help="tiny: seconds, for tests")
     parser.add_argument("--table", action="store_true", help="train nothing, show what the results hold")
     cfg = parser.parse_args(argv)
-    check_results(cfg)
     for seed in [] if cfg.table else cfg.seeds:
         for bias in cfg.bias:
             unit = f"bias{bias:g}-seed{seed}"
@@ -231,7 +223,8 @@ def main(argv=None):
     found = {b: {s: everything[b][s] for s in cfg.seeds if s in everything[b]} for b in cfg.bias
              if any(s in everything.get(b, {}) for s in cfg.seeds)}
     if not found:
-        raise UserError(f"{cfg.results} holds no result yet; run `python -m tests.compare` without --table first")
+        raise UserError(f"{cfg.results} holds no result yet; run `python -m tests.compare` without --table first, or name "
+                        "--results")
     for bias, seeds in sorted(found.items(), reverse=True):
         units = list(seeds.values())
         print(f"\n--bias {bias:g}, seeds {' '.join(map(str, seeds))}\n\n{table(units, TABLE)}\n\n{differences(units, TABLE)}")

@@ -5,7 +5,8 @@
 
 Figures: for each metric the mean over seeds for SFT, control and every recipe, and each recipe's difference to the
 control, seed by seed, in bold where the seed's paired 95 % interval excludes 0. Habits: how many of the triggers
-without their companion the greedy report states it for, all seeds together, on the test phantoms of `sample.py --seed 7`."""
+without their companion the greedy report states it for, all seeds together, on the test phantoms of `sample.py --seed 7`; last,
+those with their companion. A folder `dpo` is taken for the default objective's, bidpo."""
 
 import json
 import sys
@@ -19,7 +20,7 @@ MORE = {"report/t1.0/laterality": "wrong side ↓, T = 1", "report/greedy/exact"
         "generate/cfg1.5/extra": "text→image extra ↓", "generate/cfg1.5/missing": "text→image missing ↓"}
 READING = [f"report/{d}/{m}" for m in ("companion", "chair_i", "chair_s", "recall", "f1", "laterality") for d in ("greedy", "t1.0")]
 ROWS = {k: (compare.ROWS | MORE)[k] for k in (
-    *READING, *(f"report/greedy/{m}" for m in ("exact", "distinct", "unchanged_by_noise")), "ask/accuracy", "segment/dice",
+    *READING, *(f"report/greedy/{m}" for m in ("exact", "distinct", "unchanged_by_noise")), "ask/accuracy", "ask/companion", "segment/dice",
     "segment/dice_large", "generate/cfg1/f1", *(f"generate/cfg1.5/{m}" for m in ("f1", "extra", "missing", "frechet")))}
 THERE = "companion there, and rightly stated"
 
@@ -48,7 +49,7 @@ def table(seeds):
     titles = [*map(title_of, models), *(f"{title_of(r)} − control, by seed" for r in recipes)]
     lines = ["| metric | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (2 + len(recipes)) + " --- |" * len(recipes)]
     for metric, name in ROWS.items():
-        cells = [show(mean([s[m][metric]["value"] for s in seeds])) for m in models]
+        cells = [show(mean([s[m].get(metric, {}).get("value") for s in seeds])) for m in models]
         cells += [" ".join(differ(s[f"{r} minus control"].get(metric)) for s in seeds) for r in recipes]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -57,10 +57,12 @@ def test_the_first_table_shows_what_could_not_be_counted_as_a_dash():
 
 
 def test_the_first_table_shows_the_recipes_that_all_seeds_have():
-    model, more = {m: {"value": 0.25} for m in table.ROWS}, {"bidpo-c2 minus control": {}, "dpo minus control": {}}
+    """A metric that an evaluation lacks, as drawing does of files without findings, is a dash."""
+    model, more = {m: {"value": 0.25} for m in list(table.ROWS)[:-1]}, {"bidpo-c2 minus control": {}, "dpo minus control": {}}
     one = dict.fromkeys(("sft", "control", "bidpo-c2", "dpo"), model) | more
     two = {k: v for k, v in one.items() if "c2" not in k}
     assert table.table([one, one]).splitlines()[0].startswith("| metric | SFT | control | bidpo | bidpo-c2 | bidpo − control")
+    assert table.table([one]).splitlines()[-1] == "| text→image Fréchet distance ↓ | - | - | - | - | - | - |"
     assert table.table([one, two]).splitlines()[0] == "| metric | SFT | control | bidpo | bidpo − control, by seed |"
 
 
@@ -124,10 +126,12 @@ def test_a_table_of_nothing_is_refused(tmp_path):
         compare.main(["--table", "--results", str(tmp_path)])
 
 
-def test_tiny_figures_do_not_mix_with_the_measured_ones():
-    for runner in (compare, captioning):
-        with pytest.raises(UserError, match="another folder with --results"):
-            runner.main(["--preset", "tiny"])
+def test_figures_go_beside_the_runs_and_not_among_the_measured_ones(tmp_path, monkeypatch):
+    """--table reads from the same default folder, where there is nothing yet."""
+    monkeypatch.chdir(tmp_path)
+    for runner, folder in ((compare, "out-compare/results"), (captioning, "out-captioning/captioning.json")):
+        with pytest.raises(UserError, match=f"{folder} .* without --table first, or name --results"):
+            runner.main(["--table"])
 
 
 def test_every_recipe_is_a_command_of_dpo():

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,6 +49,20 @@ def test_companion_hallucination_counts_triggers_without_their_companion():
 def test_an_empty_report_costs_recall_not_chair():
     s = scores([()], [record(E)])
     assert s["recall"] == 0 and math.isnan(s["chair_i"]) and s["chair_s"] == 0
+
+
+def test_companions_are_asked_for_where_their_finding_is_on_neither_side(monkeypatch):
+    """Of two hundred phantoms; a model that says yes to effusions alone."""
+    records, put = list(Phantoms("test", 200, bias=0)), []
+    bench = SimpleNamespace(records=records, codes=range(200), ratios=sample.Ratios(200, 50))
+    monkeypatch.setattr(sample, "answer", lambda model, vocab, codes, questions: put.extend(zip(codes, questions)) or
+                        ["Yes." if "effusion" in q else "No." for q in questions])
+    found = sample.ask_companions(None, None, bench)["ask/companion"]
+    effusions = [i for i, r in enumerate(records) if {"cardiomegaly", "effusion"} & {f.name for f in r.findings} == {"cardiomegaly"}]
+    assert [i for i, q in put if q == "Is there a pleural effusion?"] == effusions and 0 < len(effusions) < len(put)
+    assert found[0] == pytest.approx(len(effusions) / len(put)) and found[2] == len({i for i, _ in put})
+    bench.records = [replace(records[0], spec=None)]
+    assert sample.ask_companions(None, None, bench) == {}
 
 
 def test_bootstrap_interval_matches_the_normal_one():
@@ -128,7 +143,7 @@ def evaluated(trained):
 def test_evaluation_has_every_model_and_metric(evaluated, trained):
     assert list(evaluated) == ["vqgan", "sft", "control", "dpo", "dpo minus control"]
     for metric in ("report/greedy/chair_i", "report/t0.5/recall", "report/t1.0/f1", "report/greedy/companion",
-                   "report/greedy/unchanged_by_noise", "ask/accuracy", "segment/dice", "generate/cfg1.5/f1"):
+                   "report/greedy/unchanged_by_noise", "ask/accuracy", "ask/companion", "segment/dice", "generate/cfg1.5/f1"):
         assert {"value", "low", "high", "n"} == set(evaluated["dpo"][metric]), metric
     for name in ("samples.png", "curves.png"):
         with Image.open(trained / name) as image:
