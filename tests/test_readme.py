@@ -65,7 +65,7 @@ def test_the_tables_are_those_that_the_runners_make():
     for seeds in found.values():
         assert compare.table(list(seeds.values()), compare.TABLE) in README
     assert compare.differences(list(found[0.9].values()), compare.TABLE) in README
-    for name in ("seed", "hard-seed"):
+    for name in ("seed", "hard-seed", "hard-bias0-seed"):
         assert table.table([json.loads((results / f"{name}{s}.json").read_text()) for s in (0, 1, 2)]) in README
     for found in json.loads((results / "captioning.json").read_text()).values():
         assert captioning.table(found) in README
