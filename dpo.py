@@ -484,7 +484,7 @@ def load_or_build_pairs(cfg, data, vqgan, model, vocab, device, autocast):
     else:
         region = lambda record: key_region(record, model, vocab, vqgan, cfg.channels, device, autocast)
         pairs = build_pairs(data["train"], cfg, vqgan, region, device, autocast)
-        if cfg.candidates > 1:
+        if cfg.candidates > 1:                         # all asked in wording 0: else the wording would decide
             logps = reference_logps(model, pairs, ("text_distorted",), vocab, cfg, device, autocast)
             pairs = least_noticed(pairs, logps["text_distorted"])
             tqdm.write(f"of these kept, the least noticed of each record: {count_kinds(pairs)}")

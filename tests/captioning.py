@@ -107,7 +107,7 @@ def main(argv=None):
     parser.add_argument("--base", type=Path, default=Path("out"), help="folder whose vqgan and sft are adapted (default: out)")
     parser.add_argument("--data", default="", help="folder of images and captions; empty: phantoms of other patients")
     parser.add_argument("--out", type=Path, default=Path("out-captioning"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=Path("out-captioning"), help="folder of captioning.json")
+    parser.add_argument("--results", type=Path, help="folder of captioning.json (default: --out)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     parser.add_argument("--steps", type=int, default=200, help="steps of each run (default: 200)")
     parser.add_argument("--records", type=int, default=4000, help="phantoms: training records (default: 4000)")
@@ -115,13 +115,13 @@ def main(argv=None):
     parser.add_argument("--preset", default="small", choices=("tiny", "small"), help="tiny: seconds, for tests")
     parser.add_argument("--table", action="store_true", help="train nothing, show what the results hold")
     cfg = parser.parse_args(argv)
-    path = cfg.results / "captioning.json"
+    path = (cfg.results or cfg.out) / "captioning.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if not cfg.table:
         results[name_of(cfg)] = compare(cfg)
         write_results(path, results)
     if not results:
-        raise UserError(f"{path} is not there: run `python -m tests.captioning` without --table first, or name --results")
+        raise UserError(f"{path} holds no result yet; run `python -m tests.captioning` without --table first, or name --results")
     for name, found in results.items():
         print(f"\n{name}\n\n{table(found)}")
 

@@ -205,7 +205,7 @@ def main(argv=None):
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out-compare"), help="folder of the runs (default: out-compare)")
-    parser.add_argument("--results", type=Path, default=Path("out-compare/results"), help="folder of the result files (default: out-compare/results)")
+    parser.add_argument("--results", type=Path, help="folder of the result files (default: results, in --out)")
     parser.add_argument("--bias", type=float, nargs="+", default=[0.9, 0.0], help="benchmarks (default: 0.9 0)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     parser.add_argument("--recipes", nargs="+", default=list(TABLE), choices=RECIPES, metavar="NAME",
@@ -213,6 +213,7 @@ def main(argv=None):
     parser.add_argument("--preset", default="small", choices=("tiny", "small"), help="tiny: seconds, for tests")
     parser.add_argument("--table", action="store_true", help="train nothing, show what the results hold")
     cfg = parser.parse_args(argv)
+    cfg.results = cfg.results or cfg.out / "results"
     for seed in [] if cfg.table else cfg.seeds:
         for bias in cfg.bias:
             unit = f"bias{bias:g}-seed{seed}"

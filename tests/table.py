@@ -20,8 +20,8 @@ MORE = {"report/t1.0/laterality": "wrong side ↓, T = 1", "report/greedy/exact"
         "generate/cfg1.5/extra": "text→image extra ↓", "generate/cfg1.5/missing": "text→image missing ↓"}
 READING = [f"report/{d}/{m}" for m in ("companion", "chair_i", "chair_s", "recall", "f1", "laterality") for d in ("greedy", "t1.0")]
 ROWS = {k: (compare.ROWS | MORE)[k] for k in (
-    *READING, *(f"report/greedy/{m}" for m in ("exact", "distinct", "unchanged_by_noise")), "ask/accuracy", "ask/companion", "segment/dice",
-    "segment/dice_large", "generate/cfg1/f1", *(f"generate/cfg1.5/{m}" for m in ("f1", "extra", "missing", "frechet")))}
+    *READING, *(f"report/greedy/{m}" for m in ("exact", "distinct", "unchanged_by_noise")), "ask/accuracy", "ask/companion",
+    "segment/dice", "segment/dice_large", "generate/cfg1/f1", *(f"generate/cfg1.5/{m}" for m in ("f1", "extra", "missing", "frechet")))}
 THERE = "companion there, and rightly stated"
 
 

@@ -126,12 +126,11 @@ def test_a_table_of_nothing_is_refused(tmp_path):
         compare.main(["--table", "--results", str(tmp_path)])
 
 
-def test_figures_go_beside_the_runs_and_not_among_the_measured_ones(tmp_path, monkeypatch):
-    """--table reads from the same default folder, where there is nothing yet."""
-    monkeypatch.chdir(tmp_path)
-    for runner, folder in ((compare, "out-compare/results"), (captioning, "out-captioning/captioning.json")):
-        with pytest.raises(UserError, match=f"{folder} .* without --table first, or name --results"):
-            runner.main(["--table"])
+def test_figures_go_beside_the_runs_and_not_among_the_measured_ones(tmp_path):
+    """What is shown, and so what is written, is in the folder of the runs unless --results says otherwise."""
+    for runner, folder in ((compare, "results"), (captioning, "captioning.json")):
+        with pytest.raises(UserError, match=f"runs/{folder} holds no result yet; .* without --table first, or name --results"):
+            runner.main(["--table", "--out", str(tmp_path / "runs")])
 
 
 def test_every_recipe_is_a_command_of_dpo():
