@@ -685,7 +685,7 @@ def evaluate(cfg):
     if "sft" in loaded and (Path(cfg.out) / "pairs").exists():
         sheets += pair_sheet(loaded["sft"][0], vqgan, bench)
     below(sheets).save(Path(cfg.out) / "samples.png")
-    curves(cfg.out).save(Path(cfg.out) / "curves.png")
+    curves(cfg.out, names[-1] if chosen in ("sft", "control") else chosen).save(Path(cfg.out) / "curves.png")
     print_table(written, names, bench)
     print(f"wrote {cfg.out}/eval.json, {cfg.out}/samples.png, {cfg.out}/curves.png; for other scorers "
           f"{cfg.out}/references.json and {cfg.out}/captions.json (greedy reports of {chosen})")
@@ -807,15 +807,17 @@ def below(sheets):
 
 PANELS = (("vqgan", ("psnr", "val/psnr")), ("vqgan", ("codebook/usage", "codebook/near_duplicates")),
           ("sft", ("loss", "val/loss")), ("sft", ("val/f1",)),
-          ("dpo", ("loss_text", "loss_image", "loss_conditional")),
-          ("dpo", ("rewards_text/margins", "rewards_image/margins", "rewards_conditional/margins")),
-          ("dpo", ("logps_text/chosen", "logps_text/rejected")), ("dpo", ("logps_image/chosen", "logps_image/rejected")))
+          # stage 2, under whatever name
+          ("", ("loss_text", "loss_image", "loss_conditional")),
+          ("", ("rewards_text/margins", "rewards_image/margins", "rewards_conditional/margins")),
+          ("", ("logps_text/chosen", "logps_text/rejected")), ("", ("logps_image/chosen", "logps_image/rejected")))
 
 
-def curves(out, width=470, height=240):
-    """The logs of tokenizer, SFT and dpo as a sheet of small line plots."""
+def curves(out, model, width=470, height=240):
+    """The logs of tokenizer, SFT and one model's stage 2 as a sheet of small line plots."""
     panels = []
     for stage, names in PANELS:
+        stage = stage or model
         rows = read_log(Path(out) / f"{stage}.jsonl")
         series = {n: [(r["step"], r[n]) for r in rows if n in r] for n in names}
         if any(series.values()):

@@ -150,6 +150,13 @@ def test_evaluation_has_every_model_and_metric(evaluated, trained):
             assert min(image.size) > 200 and len(image.getcolors(1 << 24)) > 20      # something is drawn
 
 
+def test_curves_show_stage_2_under_its_name(trained, tmp_path):
+    for name, log in (("vqgan", "vqgan"), ("sft", "sft"), ("strict", "dpo")):
+        shutil.copy(trained / f"{log}.jsonl", tmp_path / f"{name}.jsonl")
+    whole, without = sample.curves(tmp_path, "strict"), sample.curves(tmp_path, "sft")
+    assert whole.height == 2 * without.height > 0 and whole.height == sample.curves(trained, "dpo").height
+
+
 def test_evaluation_is_repeatable(evaluated, trained):
     shutil.rmtree(trained / "eval")
     sample.main(["--preset", "tiny", "--out", str(trained)])
