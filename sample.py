@@ -591,7 +591,7 @@ def evaluate_answers(model, vocab, bench):
                                          [bool(q) for q, _ in asked])}
 
 
-def ask_companions(model, vocab, bench):
+def evaluate_companions(model, vocab, bench):
     """The habit, asked for: of the triggers that images show without their companion, on either side, the share for
     which "Is there a pleural effusion?" is answered with yes."""
     cases = [(i, ask_whether(MODALITIES[r.spec.modality][c.name], 0)) for i, r in enumerate(bench.records)
@@ -648,7 +648,7 @@ def evaluate_model(name, model, vocab, vqgan, bench, autocast):
         return kept
     with autocast():
         reports, texts = evaluate_reports(model, vocab, bench)
-        result = {**reports, **evaluate_answers(model, vocab, bench), **ask_companions(model, vocab, bench),
+        result = {**reports, **evaluate_answers(model, vocab, bench), **evaluate_companions(model, vocab, bench),
                   **evaluate_masks(model, vocab, vqgan, bench),
                   **evaluate_drawings(model, vocab, vqgan, bench, autocast, 1.0),
                   **evaluate_drawings(model, vocab, vqgan, bench, autocast, cfg.guidance)}

@@ -136,7 +136,7 @@ def test_greedy_reports_are_kept_beside_the_figures(tmp_path, monkeypatch):
     bench = SimpleNamespace(cfg=sample.SampleConfig(out=str(tmp_path)), records=records, codes=np.zeros(1), judge=None)
     measured, weights = [], torch.nn.Linear(1, 1)
     monkeypatch.setattr(sample, "evaluate_reports", lambda *a: measured.append(1) or ({"x": (1.0, np.ones(2), 3)}, said))
-    for name in ("answers", "masks", "drawings"):
+    for name in ("answers", "companions", "masks", "drawings"):
         monkeypatch.setattr(sample, f"evaluate_{name}", lambda *a: {})
     autocast = lambda: torch.autocast("cpu", enabled=False)
     evaluate = lambda: sample.evaluate_model("v1.5", weights, None, weights, bench, autocast)

@@ -57,12 +57,12 @@ def test_companions_are_asked_for_where_their_finding_is_on_neither_side(monkeyp
     bench = SimpleNamespace(records=records, codes=range(200), ratios=sample.Ratios(200, 50))
     monkeypatch.setattr(sample, "answer", lambda model, vocab, codes, questions: put.extend(zip(codes, questions)) or
                         ["Yes." if "effusion" in q else "No." for q in questions])
-    found = sample.ask_companions(None, None, bench)["ask/companion"]
+    found = sample.evaluate_companions(None, None, bench)["ask/companion"]
     effusions = [i for i, r in enumerate(records) if {"cardiomegaly", "effusion"} & {f.name for f in r.findings} == {"cardiomegaly"}]
     assert [i for i, q in put if q == "Is there a pleural effusion?"] == effusions and 0 < len(effusions) < len(put)
     assert found[0] == pytest.approx(len(effusions) / len(put)) and found[2] == len({i for i, _ in put})
     bench.records = [replace(records[0], spec=None)]
-    assert sample.ask_companions(None, None, bench) == {}
+    assert sample.evaluate_companions(None, None, bench) == {}
 
 
 def test_bootstrap_interval_matches_the_normal_one():
