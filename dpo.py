@@ -29,7 +29,8 @@ and the objectives are sums of them, each term with its weight λ:
     sft     none: the control
 
 To every one the loop adds λ_s · NLL(chosen) + λ_r · NLL(rehearsal): plain SFT on the chosen report and image, and
-on questions, masks and emptied prompts, which pairs would let fade. λ_s is 1 for the control, else 0.5. bidpo follows
+on questions, masks and emptied prompts, which pairs would let fade. λ_s is 1 for the control, else 0.5. The
+preferences' gradient is some ten times as long as that of these two (grad_norm): λ_s = λ_r = 10 evens them. bidpo follows
 the abstract of doi 10.1109/JBHI.2026.3707092, all of it that is public: text and image are the abstract's, conditional
 and anchor ours (--conditional-weight 0 --anchor-weight 0: the strict reading). rndpo is our reading of an abstract.
 
