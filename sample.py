@@ -592,8 +592,8 @@ def evaluate_answers(model, vocab, bench):
 
 
 def evaluate_companions(model, vocab, bench):
-    """The habit, asked for: of the triggers that images show without their companion, on either side, the share for
-    which "Is there a pleural effusion?" is answered with yes."""
+    """The habit, asked for: of the triggers whose companion's finding is there on neither side (`companions` counts
+    the wrong side as absent), the share for which "Is there a pleural effusion?" is answered with yes."""
     cases = [(i, ask_whether(MODALITIES[r.spec.modality][c.name], 0)) for i, r in enumerate(bench.records)
              for _, c, _ in triggers_of(r) if c.name not in {f.name for f in r.findings}]
     if not cases:
@@ -685,7 +685,8 @@ def evaluate(cfg):
     if "sft" in loaded and (Path(cfg.out) / "pairs").exists():
         sheets += pair_sheet(loaded["sft"][0], vqgan, bench)
     below(sheets).save(Path(cfg.out) / "samples.png")
-    curves(cfg.out, names[-1] if chosen in ("sft", "control") else chosen).save(Path(cfg.out) / "curves.png")
+    preferred = names[-1] if chosen in ("sft", "control") else chosen           # these two have no preference curves
+    curves(cfg.out, preferred).save(Path(cfg.out) / "curves.png")
     print_table(written, names, bench)
     print(f"wrote {cfg.out}/eval.json, {cfg.out}/samples.png, {cfg.out}/curves.png; for other scorers "
           f"{cfg.out}/references.json and {cfg.out}/captions.json (greedy reports of {chosen})")
@@ -814,7 +815,7 @@ PANELS = (("vqgan", ("psnr", "val/psnr")), ("vqgan", ("codebook/usage", "codeboo
 
 
 def curves(out, model, width=470, height=240):
-    """The logs of tokenizer, SFT and one model's stage 2 as a sheet of small line plots."""
+    """The logs of tokenizer, SFT and one model's stage 2 (PANELS' "") as a sheet of small line plots."""
     panels = []
     for stage, names in PANELS:
         stage = stage or model
