@@ -85,43 +85,44 @@ class Kind:
     sides: tuple = LR
     sizes: tuple = ("",)
     places: tuple = ("",)
-    absent: str = ""                  # its name after "No"
+    noun: str = ""                    # its name after "No"
+    countable: bool = True            # "a nodule", but "atrophy"
 
 
 SIZES, PLACES = ("small", "large"), ("upper", "lower")
 MODALITIES = {
     "chest radiograph": {
         "cardiomegaly": Kind(("Enlarged heart.", "Cardiomegaly.", "The cardiac silhouette is enlarged."),
-                             sides=("",), absent="cardiomegaly"),
+                             sides=("",), noun="cardiomegaly", countable=False),
         "effusion": Kind(("{Size} {side} pleural effusion.", "There is a {size} pleural effusion on the {side}."),
-                         sizes=SIZES, absent="pleural effusion"),
+                         sizes=SIZES, noun="pleural effusion"),
         "pneumothorax": Kind(("{Size} {side} pneumothorax.", "There is a {size} pneumothorax on the {side}."),
-                             sizes=SIZES, absent="pneumothorax"),
+                             sizes=SIZES, noun="pneumothorax"),
         "nodule": Kind(("Nodule in the {side} {place} lung.", "{Side} {place} zone nodule."),
-                       places=PLACES, absent="nodule"),
+                       places=PLACES, noun="nodule"),
         "consolidation": Kind(("Consolidation in the {side} {place} lung.", "{Side} {place} zone consolidation.",
                                "Airspace opacity in the {side} {place} lung."),
-                              places=PLACES, absent="consolidation"),
+                              places=PLACES, noun="consolidation", countable=False),
     },
     "head CT": {
         "haemorrhage": Kind(("{Size} {side} intracerebral haemorrhage.", "{Side} hemisphere: {size} haemorrhage."),
-                            sizes=SIZES, absent="haemorrhage"),
+                            sizes=SIZES, noun="haemorrhage", countable=False),
         "shift": Kind(("Midline shift to the {side}.", "The midline is displaced to the {side}."),
-                      absent="midline shift"),
+                      noun="midline shift", countable=False),
         "infarct": Kind(("{Size} {side} infarct.", "{Side} hemisphere: {size} infarct."),
-                        sizes=SIZES, absent="infarct"),
+                        sizes=SIZES, noun="infarct"),
         "subdural": Kind(("{Side} subdural collection.", "Subdural collection on the {side}."),
-                         absent="subdural collection"),
+                         noun="subdural collection"),
         "hydrocephalus": Kind(("Hydrocephalus.", "The ventricles are dilated.", "Dilated ventricles."),
-                              sides=("",), absent="hydrocephalus"),
+                              sides=("",), noun="hydrocephalus", countable=False),
     },
     "brain MRI": {
-        "tumour": Kind(("{Size} {side} tumour.", "{Side} hemisphere: {size} mass."), sizes=SIZES, absent="tumour"),
-        "oedema": Kind(("{Side} oedema.", "Oedema in the {side} hemisphere."), absent="oedema"),
-        "cyst": Kind(("{Side} arachnoid cyst.", "Arachnoid cyst on the {side}."), absent="arachnoid cyst"),
-        "atrophy": Kind(("Atrophy.", "The sulci are widened.", "Widened sulci."), sides=("",), absent="atrophy"),
+        "tumour": Kind(("{Size} {side} tumour.", "{Side} hemisphere: {size} mass."), sizes=SIZES, noun="tumour"),
+        "oedema": Kind(("{Side} oedema.", "Oedema in the {side} hemisphere."), noun="oedema", countable=False),
+        "cyst": Kind(("{Side} arachnoid cyst.", "Arachnoid cyst on the {side}."), noun="arachnoid cyst"),
+        "atrophy": Kind(("Atrophy.", "The sulci are widened.", "Widened sulci."), sides=("",), noun="atrophy", countable=False),
         "lesions": Kind(("White matter lesions.", "Multiple white matter lesions."),
-                        sides=("",), absent="white matter lesions"),
+                        sides=("",), noun="white matter lesions", countable=False),
     },
 }
 # Trigger -> the companion that it brings in training with probability `bias`; where the rate of the
@@ -376,7 +377,7 @@ def write_report(spec):
         wording = spec.rng("wording", f.name).choice(kinds[f.name].wordings)
         words = {k: getattr(f, k) for k in ("side", "size", "place")}
         sentences.append(wording.format(**words, Side=f.side.capitalize(), Size=f.size.capitalize()))
-    absent = [k.absent for name, k in kinds.items() if name not in {f.name for f in spec.findings}]
+    absent = [k.noun for name, k in kinds.items() if name not in {f.name for f in spec.findings}]
     r.shuffle(absent)
     if not sentences:
         sentences = [choose(NORMAL[spec.modality])]
@@ -388,8 +389,9 @@ def write_report(spec):
 
 def ask_whether(kind, wording):
     """The question whether an image shows a finding, in one of two wordings."""
-    article = "" if kind.absent.endswith("lesions") else "an " if kind.absent[0] in "aeiou" else "a "
-    return ("Is there {}?", "Does the image show {}?")[wording].format(article + kind.absent)
+    article = "" if not kind.countable else "an " if kind.noun[0] in "aeiou" else "a "
+    be = "Are" if kind.noun.endswith("lesions") else "Is"
+    return (f"{be} there {article}{kind.noun}?", f"Does the image show {article}{kind.noun}?")[wording]
 
 
 def ask_phantom(spec):
@@ -405,7 +407,7 @@ def ask_phantom(spec):
         questions.append((ask_whether(kinds[r.choice(absent)], r.integers(2)), "No."))
     if sided := [f for f in spec.findings if f.side]:
         f = sided[r.integers(len(sided))]
-        questions.append((f"On which side is the {kinds[f.name].absent}?", f"{f.side.capitalize()}."))
+        questions.append((f"On which side is the {kinds[f.name].noun}?", f"{f.side.capitalize()}."))
     return tuple(questions)
 
 
@@ -866,7 +868,7 @@ def match_findings(stated, true):
 # The joint vocabulary and the prompts of the four tasks
 # ---------------------------------------------------------------------------------------------
 
-SPECIALS = ("<pad>", "<bos>", "<image>", "</image>", "<eos>")
+SPECIALS = ("<eos>", "</image>", "<image>", "<bos>", "<pad>")
 INSTRUCTIONS = {"report": ("Write the report.", "Describe this image.", "What does this image show?"),
                 "generate": ("Draw this: {}", "Generate an image: {}", "Image of: {}"),
                 "segment": ("Segment the {}.", "Outline the {}.", "Where is the {}?")}
@@ -883,32 +885,38 @@ def read_tokenizer(folder):
 
 
 class Vocabulary:
-    """One id space: <pad> <bos> <image> </image> <eos>, text (byte-level BPE), then image codes.
+    """One id space: text (byte-level BPE, or a tokenizer learned elsewhere), <eos> </image> <image> <bos> <pad>, image codes.
 
-    A tokenizer learned elsewhere keeps its ids, ours follow: text, <eos> </image> <image> <bos> <pad>, image codes.
-    Either way text and <eos> are neighbours (text_range), and so are the image codes (image_range)."""
+    Text and <eos> are neighbours, so that a response in words is drawn from one range of ids (text_range), a
+    response in pixels from another (image_range)."""
 
     def __init__(self, tokenizer, codebook_size):
         self.tokenizer, self.codebook_size = tokenizer, codebook_size
         # a caption that says "<image>" means those letters, never the special token
         tokenizer.encode_special_tokens = True
-        self.pad, self.bos, self.boi, self.eoi, self.eos = (tokenizer.token_to_id(s) for s in SPECIALS)
+        self.eos, self.eoi, self.boi, self.bos, self.pad = (tokenizer.token_to_id(s) for s in SPECIALS)
         self.image_start = tokenizer.token_to_id("<img_0>")
         self.size = self.image_start + codebook_size
-        self.text_range = (self.eos, self.image_start) if self.pad < self.eos else (0, self.eos + 1)
+        self.text_range = (0, self.eos + 1)
         self.image_range = (self.image_start, self.size)
         self.cut = False
 
     @classmethod
     def train(cls, texts, codebook_size, text_size=800):
-        """Learn the text part from an iterable of strings and add one token an image code."""
+        """Learn text_size tokens of text, our specials among them, from an iterable of strings; add one an image code."""
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=text_size, special_tokens=list(SPECIALS), show_progress=False, min_frequency=2,
+            vocab_size=text_size - len(SPECIALS), show_progress=False, min_frequency=2,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-        tokenizer.add_special_tokens([AddedToken(f"<img_{i}>", special=True) for i in range(codebook_size)])
+        return cls.append(tokenizer, codebook_size)
+
+    @classmethod
+    def append(cls, tokenizer, codebook_size):
+        """A tokenizer of text with our specials and the image codes after its own tokens."""
+        new = [*SPECIALS, *(f"<img_{i}>" for i in range(codebook_size))]
+        tokenizer.add_special_tokens([AddedToken(s, special=True) for s in new])
         return cls(tokenizer, codebook_size)
 
     def save(self, folder):
@@ -940,9 +948,7 @@ class Vocabulary:
                             "read here")
         if taken := [s for s in SPECIALS if tokenizer.token_to_id(s) is not None]:
             raise UserError(f"{folder}/tokenizer.json uses {' '.join(taken)} for itself, which are our names; rename them")
-        new = [*SPECIALS[::-1], *(f"<img_{i}>" for i in range(codebook_size))]
-        tokenizer.add_special_tokens([AddedToken(s, special=True) for s in new])
-        return cls(tokenizer, codebook_size)
+        return cls.append(tokenizer, codebook_size)
 
     def encode_text(self, text):
         """Text to ids, at most MAX_TEXT of them; says once when it cuts."""

@@ -13,7 +13,6 @@ Part 2 is plumbing: flags, device, learning rate, folders on disk, log. Read it 
 """
 
 import argparse
-import ctypes
 import dataclasses
 import hashlib
 import json
@@ -811,14 +810,6 @@ def finish_stage(cfg, name):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def release_memory():
-    """Give freed memory back: batches of ever new lengths leave glibc's heap in pieces, gigabytes of them."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, TypeError, AttributeError):
-        return                                   # another C library, which needs no help
-
-
 class Log:
     """A tqdm bar on screen and one JSON line a logged step in a file: `log(step, loss=…)`.
 
@@ -829,7 +820,6 @@ class Log:
         self.path = Path(path)
         kept = [row for row in read_log(self.path) if row["step"] < start]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.calls = 0
         self.began = time.time() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
         self.bar = tqdm(total=steps, initial=start, desc=title, unit="step", dynamic_ncols=True)
 
@@ -840,9 +830,6 @@ class Log:
             raise UserError(f"the loss is {metrics['loss']} at step {step}: training diverged; lower the learning rates")
         with self.path.open("a") as f:
             f.write(json.dumps({"step": step, **metrics, "seconds": round(time.time() - self.began, 1)}) + "\n")
-        self.calls += 1
-        if self.calls % 5 == 0:                  # every time would slow training by some per cent
-            release_memory()
         self.bar.set_postfix({k: f"{metrics[k]:.4g}" for k in show if k in metrics}, refresh=False)
 
     def close(self):

@@ -238,12 +238,12 @@ def test_a_report_negates_only_what_is_absent():
     for spec in specs("test", 600):
         kinds = MODALITIES[spec.modality]
         for negated in write_report(spec).split(" No ")[1:]:
-            assert not any(kinds[f.name].absent in negated for f in spec.findings)
+            assert not any(kinds[f.name].noun in negated for f in spec.findings)
 
 
 def test_answers_of_a_phantom_are_true():
     for spec in specs("test", 300):
-        nouns = {k.absent: name for name, k in MODALITIES[spec.modality].items()}
+        nouns = {k.noun: name for name, k in MODALITIES[spec.modality].items()}
         present = {f.name: f for f in spec.findings}
         for question, answer in ask_phantom(spec):
             name = next((n for noun, n in nouns.items() if question.endswith(f" {noun}?")), None)
@@ -415,8 +415,8 @@ def test_codes_to_ids_and_back(vocab):
 
 def test_ranges_are_contiguous_and_disjoint(vocab):
     specials = {vocab.pad, vocab.bos, vocab.boi, vocab.eoi, vocab.eos}
-    assert specials == set(range(5)) and vocab.eos == 4
-    assert vocab.text_range == (vocab.eos, vocab.image_start)        # eos may be sampled among text
+    assert specials == set(range(vocab.eos, vocab.image_start)) and len(specials) == 5
+    assert vocab.text_range == (0, vocab.eos + 1)                    # eos may be sampled among text
     assert vocab.image_range == (vocab.image_start, vocab.size)
     assert vocab.size == vocab.tokenizer.get_vocab_size() == vocab.image_start + K
 
@@ -424,7 +424,7 @@ def test_ranges_are_contiguous_and_disjoint(vocab):
 @pytest.mark.parametrize("text", ["Small left pleural effusion.", "Ödem, β-Blocker: 5 µg — “ok” 肺", "a  b\nc", ""])
 def test_text_round_trip(vocab, text):
     ids = vocab.encode_text(text)
-    assert all(vocab.eos < i < vocab.image_start for i in ids)
+    assert all(i < vocab.eos for i in ids)
     assert vocab.decode_text(ids) == text
 
 
@@ -438,14 +438,14 @@ HOSTILE = "a <image> b <img_3> c <eos><pad></image><bos>"
 
 def test_special_names_inside_a_text_stay_letters(vocab):
     ids = vocab.encode_text(HOSTILE)
-    assert all(vocab.eos < i < vocab.image_start for i in ids)
+    assert all(i < vocab.eos for i in ids)
     assert vocab.decode_text(ids) == HOSTILE
 
 
 def test_special_names_in_the_training_texts_claim_no_id():
     vocab = Vocabulary.train([HOSTILE] * 50, K, text_size=400)
     assert vocab.tokenizer.id_to_token(vocab.image_start) == "<img_0>" and vocab.size == vocab.image_start + K
-    assert all(vocab.eos < i < vocab.image_start for i in vocab.encode_text(HOSTILE))
+    assert all(i < vocab.eos for i in vocab.encode_text(HOSTILE))
 
 
 def test_a_long_text_is_cut_and_that_is_said_once(vocab, capsys):
