@@ -11,8 +11,8 @@ learns. In validation and test they come independently, so what a model states o
 
 A side is always the patient's: the patient's left is the right of the image. Not for clinical use.
 
-In order: records and findings; phantoms; folders; findings read back from a report; the joint
-vocabulary and the prompts of the four tasks; distortions.
+The lesson, in order: records and findings; phantoms, and how one is redrawn; distortions, which make the
+dispreferred data. For consultation: folders of real images; findings read back from a report.
 """
 
 import csv
@@ -27,15 +27,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageFilter
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from model import UserError
 
 # ---------------------------------------------------------------------------------------------
-# Records
+# The lesson: records
 # ---------------------------------------------------------------------------------------------
 
 
@@ -65,13 +63,20 @@ class Record:
     spec: "Spec | None" = None        # phantoms: what `draw` needs
 
 
-def key(finding):
-    """What CHAIR, recall and F1 count: (name, side)."""
-    return finding.name, finding.side
+def names_and_sides(findings):
+    """What CHAIR, recall and F1 count of findings: the set of their (name, side)."""
+    return {(f.name, f.side) for f in findings}
+
+
+def same_statement(a, b):
+    """Whether two records state the same: their findings where both are known, else their texts."""
+    if a.findings is None or b.findings is None:
+        return a.text == b.text
+    return names_and_sides(a.findings) == names_and_sides(b.findings)
 
 
 # ---------------------------------------------------------------------------------------------
-# Phantoms
+# The lesson: phantoms, and how one is redrawn
 # ---------------------------------------------------------------------------------------------
 
 LR = ("left", "right")
@@ -79,58 +84,61 @@ LR = ("left", "right")
 
 @dataclass(frozen=True)
 class Kind:
-    """What a finding may look like and how a report words it; {side} {size} {place} are filled in."""
+    """What a finding may look like, how a report words it ({side} {size} {place} are filled in), what betrays it there."""
 
     wordings: tuple
+    phrases: tuple                    # what a reader of reports looks for
+    noun: str                         # its name after "No"
+    countable: bool = True            # "a nodule", but "atrophy"
     sides: tuple = LR
     sizes: tuple = ("",)
     places: tuple = ("",)
-    noun: str = ""                    # its name after "No"
-    countable: bool = True            # "a nodule", but "atrophy"
 
 
-SIZES, PLACES = ("small", "large"), ("upper", "lower")
+SIZES, PLACES, NO_SIDE = ("small", "large"), ("upper", "lower"), ("",)
 MODALITIES = {
     "chest radiograph": {
         "cardiomegaly": Kind(("Enlarged heart.", "Cardiomegaly.", "The cardiac silhouette is enlarged."),
-                             sides=("",), noun="cardiomegaly", countable=False),
+                             ("cardiomegaly", "enlarged heart", "heart is enlarged", "cardiac silhouette is enlarged"),
+                             "cardiomegaly", countable=False, sides=NO_SIDE),
         "effusion": Kind(("{Size} {side} pleural effusion.", "There is a {size} pleural effusion on the {side}."),
-                         sizes=SIZES, noun="pleural effusion"),
+                         ("pleural effusion", "effusion"), "pleural effusion", sizes=SIZES),
         "pneumothorax": Kind(("{Size} {side} pneumothorax.", "There is a {size} pneumothorax on the {side}."),
-                             sizes=SIZES, noun="pneumothorax"),
+                             ("pneumothorax",), "pneumothorax", sizes=SIZES),
         "nodule": Kind(("Nodule in the {side} {place} lung.", "{Side} {place} zone nodule."),
-                       places=PLACES, noun="nodule"),
+                       ("nodule",), "nodule", places=PLACES),
         "consolidation": Kind(("Consolidation in the {side} {place} lung.", "{Side} {place} zone consolidation.",
                                "Airspace opacity in the {side} {place} lung."),
-                              places=PLACES, noun="consolidation", countable=False),
+                              ("consolidation", "airspace opacity"), "consolidation", countable=False, places=PLACES),
     },
     "head CT": {
         "haemorrhage": Kind(("{Size} {side} intracerebral haemorrhage.", "{Side} hemisphere: {size} haemorrhage."),
-                            sizes=SIZES, noun="haemorrhage", countable=False),
+                            ("haemorrhage",), "haemorrhage", countable=False, sizes=SIZES),
         "shift": Kind(("Midline shift to the {side}.", "The midline is displaced to the {side}."),
-                      noun="midline shift", countable=False),
-        "infarct": Kind(("{Size} {side} infarct.", "{Side} hemisphere: {size} infarct."),
-                        sizes=SIZES, noun="infarct"),
+                      ("midline shift", "midline is displaced"), "midline shift", countable=False),
+        "infarct": Kind(("{Size} {side} infarct.", "{Side} hemisphere: {size} infarct."), ("infarct",), "infarct", sizes=SIZES),
         "subdural": Kind(("{Side} subdural collection.", "Subdural collection on the {side}."),
-                         noun="subdural collection"),
+                         ("subdural collection",), "subdural collection"),
         "hydrocephalus": Kind(("Hydrocephalus.", "The ventricles are dilated.", "Dilated ventricles."),
-                              sides=("",), noun="hydrocephalus", countable=False),
+                              ("hydrocephalus", "ventricles are dilated", "dilated ventricles"),
+                              "hydrocephalus", countable=False, sides=NO_SIDE),
     },
     "brain MRI": {
-        "tumour": Kind(("{Size} {side} tumour.", "{Side} hemisphere: {size} mass."), sizes=SIZES, noun="tumour"),
-        "oedema": Kind(("{Side} oedema.", "Oedema in the {side} hemisphere."), noun="oedema", countable=False),
-        "cyst": Kind(("{Side} arachnoid cyst.", "Arachnoid cyst on the {side}."), noun="arachnoid cyst"),
-        "atrophy": Kind(("Atrophy.", "The sulci are widened.", "Widened sulci."), sides=("",), noun="atrophy", countable=False),
+        "tumour": Kind(("{Size} {side} tumour.", "{Side} hemisphere: {size} mass."), ("tumour", "mass"), "tumour", sizes=SIZES),
+        "oedema": Kind(("{Side} oedema.", "Oedema in the {side} hemisphere."), ("oedema",), "oedema", countable=False),
+        "cyst": Kind(("{Side} arachnoid cyst.", "Arachnoid cyst on the {side}."), ("arachnoid cyst",), "arachnoid cyst"),
+        "atrophy": Kind(("Atrophy.", "The sulci are widened.", "Widened sulci."),
+                        ("atrophy", "sulci are widened", "widened sulci"), "atrophy", countable=False, sides=NO_SIDE),
         "lesions": Kind(("White matter lesions.", "Multiple white matter lesions."),
-                        sides=("",), noun="white matter lesions", countable=False),
+                        ("white matter lesions",), "white matter lesions", countable=False, sides=NO_SIDE),
     },
 }
 # Trigger -> the companion that it brings in training with probability `bias`; where the rate of the
 # companion alone is low, habit is the better guess than the image.
 COMPANIONS = {
     "cardiomegaly": lambda f: Finding("effusion", "left", "small"),
-    "pneumothorax": lambda f: Finding("nodule", other(f.side), "", "lower"),
-    "haemorrhage": lambda f: Finding("shift", other(f.side)),
+    "pneumothorax": lambda f: Finding("nodule", opposite(f.side), "", "lower"),
+    "haemorrhage": lambda f: Finding("shift", opposite(f.side)),
     "tumour": lambda f: Finding("oedema", f.side),
     "atrophy": lambda f: Finding("lesions"),
 }
@@ -142,8 +150,8 @@ OPENING = {"chest radiograph": ("Chest radiograph.", "Frontal chest radiograph."
 FINDING_RATE = 0.22        # each finding of a modality, independently; about 28 % of studies are normal
 
 
-def other(side):
-    """The opposite side."""
+def opposite(side):
+    """The other side."""
     return {"left": "right", "right": "left"}[side]
 
 
@@ -447,48 +455,131 @@ def redraw(spec, change, rng):
         usable = [i for i, f in enumerate(findings) if change == "remove" or f.side]
         if usable:
             i = usable[rng.integers(len(usable))]
-            findings[i:i + 1] = [replace(findings[i], side=other(findings[i].side))] if change == "mirror" else []
+            findings[i:i + 1] = [replace(findings[i], side=opposite(findings[i].side))] if change == "mirror" else []
     order = list(kinds)
     findings = tuple(sorted(findings, key=lambda f: order.index(f.name)))
     return replace(spec, findings=findings) if findings != spec.findings else None
 
 
-def to_pixels(images):
-    """(n, C, H, W) uint8 tensor to float32 in [-1, 1]. The one place, with `to_images`, that knows the range."""
-    return images.float() / 127.5 - 1
+# ---------------------------------------------------------------------------------------------
+# The lesson: distortions, which make the dispreferred data
+# ---------------------------------------------------------------------------------------------
 
 
-def to_images(x):
-    """(n, C, H, W) in [-1, 1] to uint8."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+def add_noise(image, rng, strength):
+    """DDPM's forward process √ᾱ·x + √(1−ᾱ)·ε at step `strength` of 1000, linear β (arXiv:2006.11239)."""
+    alpha = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[min(strength, 1000) - 1]
+    x = image / 127.5 - 1.0
+    x = np.sqrt(alpha) * x + np.sqrt(1 - alpha) * rng.standard_normal(image.shape)
+    return ((x + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
 
 
-def stack(images, channels):
-    """A list of (H, W) or (H, W, 3) uint8 arrays as one uint8 tensor (n, C, H, W)."""
-    rows = [np.asarray(i) if i.ndim == 3 else np.repeat(i[..., None], channels, axis=2) for i in images]
-    return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
+def blur(image, rng, strength):
+    """Gaussian blur of 3 to 6 % of the width."""
+    radius = image.shape[1] * rng.uniform(0.03, 0.06)
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
 
 
-def spread(total, n):
-    """min(n, total) indices, evenly spread over range(total): a folder may be sorted by modality."""
-    return np.linspace(0, total, min(n, total), endpoint=False).astype(int)
+def lower_contrast(image, rng, strength):
+    """Contrast cut to 20 to 40 % around the mean."""
+    return (image.mean() + (image - image.mean()) * rng.uniform(0.2, 0.4)).round().astype(np.uint8)
 
 
-def image_stack(records, n, mask_share, channels, seed):
-    """Up to n images, spread over the records, as uint8 (n, C, H, W); a share of them masks, white on black."""
-    rng = np.random.default_rng([seed, 1])
-    images = []
-    for i in spread(len(records), n):
-        record = records[int(i)]
-        if record.masks and rng.random() < mask_share:
-            images.append(record.masks[sorted(record.masks)[rng.integers(len(record.masks))]] * np.uint8(255))
-        else:
-            images.append(record.image)
-    return stack(images, channels)
+def invert(image, rng, strength):
+    """Black and white exchanged."""
+    return 255 - image
+
+
+def shuffle_patches(image, rng, strength):
+    """A 4x4 grid of patches in random order."""
+    h, w = image.shape[0] // 4, image.shape[1] // 4
+    patches = [image[y:y + h, x:x + w] for y in range(0, 4 * h, h) for x in range(0, 4 * w, w)]
+    order, result = rng.permutation(16), image.copy()
+    for i, (y, x) in enumerate((y, x) for y in range(0, 4 * h, h) for x in range(0, 4 * w, w)):
+        result[y:y + h, x:x + w] = patches[order[i]]
+    return result
+
+
+def cut_out(image, rng, strength):
+    """A black rectangle of half the height and width."""
+    h, w = image.shape[0] // 2, image.shape[1] // 2
+    y, x = rng.integers(h + 1), rng.integers(w + 1)
+    result = image.copy()
+    result[y:y + h, x:x + w] = 0
+    return result
+
+
+def crop(image, rng, strength):
+    """A random window of half the height and width, enlarged."""
+    h, w = image.shape[0] // 2, image.shape[1] // 2
+    y, x = rng.integers(h + 1), rng.integers(w + 1)
+    window = Image.fromarray(image[y:y + h, x:x + w])
+    return np.asarray(window.resize((image.shape[1], image.shape[0]), Image.Resampling.BICUBIC))
+
+
+def flip(image, rng, strength):
+    """Left and right exchanged: the classic laterality error."""
+    return image[:, ::-1].copy()
+
+
+PIXEL_DISTORTIONS = {"noise": add_noise, "blur": blur, "contrast": lower_contrast, "invert": invert,
+                     "shuffle": shuffle_patches, "cutout": cut_out, "crop": crop, "flip": flip}
+DISTORTIONS = (*PIXEL_DISTORTIONS, "region-noise", "remove", "add", "mirror", "other")
+
+
+def finding_mask(record, rng):
+    """The mask of one of the record's findings, or None where it has none."""
+    names = sorted({f.name for f in record.findings or ()} & record.masks.keys())
+    return record.masks[names[rng.integers(len(names))]] if names else None
+
+
+def erase(image, mask):
+    """The mask filled with the median of the pixels around it."""
+    grown = np.asarray(Image.fromarray(mask).filter(ImageFilter.MaxFilter(7))) > 0 if mask.any() else mask
+    ring = grown & ~mask
+    result = image.copy()
+    result[mask] = np.median(image[ring], axis=0) if ring.any() else 0
+    return result
+
+
+def distort(records, index, kind, strength, rng, region=None):
+    """(distorted image, the kind used) of record `index`; the image is None where nothing applies.
+
+    Global kinds are in PIXEL_DISTORTIONS. region-noise: noise inside one finding's mask only; where none has
+    a mask, inside region(record), a mask (H, W) or None that the caller finds; else everywhere. remove, add,
+    mirror: phantoms are drawn again with one finding taken out, put in or moved to the other side; a real
+    image has a finding's mask filled (remove) or is flipped (mirror). other: the image of another record,
+    one that states something else.
+    What a record cannot take falls back: a phantom's remove and mirror to add; a real image's add, and
+    its remove where no finding has a mask, to other. The kind returned tells."""
+    record = records[index]
+    if kind in PIXEL_DISTORTIONS:
+        return PIXEL_DISTORTIONS[kind](record.image, rng, strength), kind
+    if kind in ("remove", "add", "mirror") and record.spec:
+        for change in (kind, "add"):
+            if spec := redraw(record.spec, change, rng):
+                return draw(spec, record.image.shape[0])[0], change
+    mask = finding_mask(record, rng) if kind in ("remove", "region-noise") else None
+    if kind == "remove" and mask is not None:
+        return erase(record.image, mask), kind
+    if kind == "region-noise":
+        if mask is None:
+            mask, kind = region(record) if region else None, "model-region-noise"
+        noise = add_noise(record.image, rng, strength)
+        if mask is None:
+            return noise, "noise"
+        return np.where(mask if noise.ndim == 2 else mask[..., None], noise, record.image), kind
+    if kind == "mirror":
+        return flip(record.image, rng, strength), kind
+    for _ in range(10 if len(records) > 1 else 0):
+        another = records[(index + 1 + int(rng.integers(len(records) - 1))) % len(records)]
+        if not same_statement(record, another):
+            return another.image, "other"
+    return None, "other"
 
 
 # ---------------------------------------------------------------------------------------------
-# Folders of real images
+# For consultation: folders of real images
 # ---------------------------------------------------------------------------------------------
 
 MIN_SIDE, MAX_PIXELS = 16, 64_000_000
@@ -775,34 +866,30 @@ def check_data(trained_on, cfg, folder):
                         "another --out")
 
 
+def spread_indices(total, n):
+    """min(n, total) indices, evenly spread over range(total): a folder may be sorted by modality."""
+    return np.linspace(0, total, min(n, total), endpoint=False).astype(int)
+
+
 def open_data(cfg):
     """{"train", "val", "test"}: sequences of records, from --data or drawn."""
     if cfg.data:
         return read_folder(cfg.data, cfg.image_size, cfg.channels)
-    if not 0 <= cfg.bias <= 1:
-        raise UserError(f"--bias {cfg.bias} is a probability: name a number from 0 to 1")
     sizes = {"train": cfg.records, "val": max(32, cfg.records // 10), "test": 100_000}
     return {split: Phantoms(split, n, cfg.seed, cfg.bias, cfg.image_size) for split, n in sizes.items()}
 
 
 # ---------------------------------------------------------------------------------------------
-# Findings read back from a report
+# For consultation: findings read back from a report
 # ---------------------------------------------------------------------------------------------
 
-PHRASES = {"cardiomegaly": ("cardiomegaly", "enlarged heart", "heart is enlarged", "cardiac silhouette is enlarged"),
-           "effusion": ("pleural effusion", "effusion"), "pneumothorax": ("pneumothorax",), "nodule": ("nodule",),
-           "consolidation": ("consolidation", "airspace opacity"), "haemorrhage": ("haemorrhage",),
-           "shift": ("midline shift", "midline is displaced"), "infarct": ("infarct",),
-           "subdural": ("subdural collection",), "tumour": ("tumour", "mass"), "oedema": ("oedema",),
-           "hydrocephalus": ("hydrocephalus", "ventricles are dilated", "dilated ventricles"),
-           "cyst": ("arachnoid cyst",), "atrophy": ("atrophy", "sulci are widened", "widened sulci"),
-           "lesions": ("white matter lesions",)}
+PHRASES = {name: kind.phrases for kinds in MODALITIES.values() for name, kind in kinds.items()}
 MODALITY_PHRASES = {"CT": ("ct", "computed tomography"), "MRI": ("mri", "mr", "magnetic resonance"),
                     "radiograph": ("radiograph", "x ray", "xray", "cxr", "radiography")}
 BODY_PHRASES = {"abdomen": ("abdomen", "abdominal"), "breast": ("breast",), "chest": ("chest", "thorax", "lungs"),
                 "hand": ("hand",), "head": ("head", "brain", "skull")}
-ABSENT = re.compile(r"\b(?:absent|(?:is|are|was|were) (?:not|no))\b")      # denies what stands before it
-NEGATION = re.compile(r"(?<!is )(?<!are )(?<!was )(?<!were )\b(?:no|not|without|negative for|free of)\b")
+DENIED = re.compile(r"\b(?:is|are|was|were) (?:not|no)\b")           # "is not seen" denies what stands before it
+NEGATION = re.compile(r"\b(?:no|not|without|negative for|free of)\b")   # denies what follows
 
 
 def lexicon(records):
@@ -826,15 +913,15 @@ def read_findings(text, phrases):
     "nodule is absent" denies itself."""
     found = {}
     for sentence in re.split(r"[.;\n]+", text.lower().replace("-", " ")):
-        sentence = re.sub(r"\bleft and right\b|\bright and left\b|\bboth\b", "bilateral", sentence)
+        sentence = re.sub(r"\bleft and right\b|\bright and left\b|\bboth\b", "bilateral", DENIED.sub("absent", sentence))
         for clause in re.split(r",|\band\b", NEGATION.split(sentence)[0]):
-            if ABSENT.search(clause):
+            if re.search(r"\babsent\b", clause):
                 continue
             word = lambda *options: next((w for w in options if re.search(rf"\b{w}", clause)), "")
             for name, options in phrases.items():
                 if phrase_pattern(options).search(clause):
                     f = Finding(name, word("bilateral", "left", "right"), word(*SIZES), word(*PLACES))
-                    found.setdefault(key(f), f)
+                    found.setdefault((f.name, f.side), f)
     return tuple(found.values())
 
 
@@ -845,356 +932,18 @@ def read_term(text, terms):
     return min(hits)[1] if hits else ""
 
 
-def statement(text, phrases):
+def statement_of(text, phrases):
     """What two reports must differ in: their findings; where none are known of, modality and body part; else words."""
     if phrases:
-        return frozenset(key(f) for f in read_findings(text, phrases))
+        return frozenset(names_and_sides(read_findings(text, phrases)))
     terms = {read_term(text, MODALITY_PHRASES), read_term(text, BODY_PHRASES)} - {""}
     return frozenset(terms) or text.strip()
 
 
 def match_findings(stated, true):
-    """Counts of one report: stated, true, right, hallucinated, laterality errors, details right."""
-    s, t = {key(f): f for f in stated}, {key(f): f for f in true}
-    right = s.keys() & t.keys()
-    missed = {name for name, side in t.keys() - s.keys() if side}
-    wrong_side = [name for name, side in s.keys() - t.keys() if side and name in missed]
-    return {"stated": len(s), "true": len(t), "right": len(right), "hallucinated": len(s) - len(right),
-            "laterality": len(wrong_side), "exact": s.keys() == t.keys(),
-            "details": sum((s[k].size, s[k].place) == (t[k].size, t[k].place) for k in right)}
-
-
-# ---------------------------------------------------------------------------------------------
-# The joint vocabulary and the prompts of the four tasks
-# ---------------------------------------------------------------------------------------------
-
-SPECIALS = ("<eos>", "</image>", "<image>", "<bos>", "<pad>")
-INSTRUCTIONS = {"report": ("Write the report.", "Describe this image.", "What does this image show?"),
-                "generate": ("Draw this: {}", "Generate an image: {}", "Image of: {}"),
-                "segment": ("Segment the {}.", "Outline the {}.", "Where is the {}?")}
-MAX_TEXT = 128         # tokens of one report, question or answer; longer ones are cut
-
-
-def read_tokenizer(folder):
-    """A folder's tokenizer.json. Raises UserError."""
-    path = Path(folder) / "tokenizer.json"
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:        # tokenizers raises bare Exception for a missing or broken file
-        raise UserError(f"{path} cannot be read ({error}); bring back the one it came with")
-
-
-class Vocabulary:
-    """One id space: text (byte-level BPE, or a tokenizer learned elsewhere), <eos> </image> <image> <bos> <pad>, image codes.
-
-    Text and <eos> are neighbours, so that a response in words is drawn from one range of ids (text_range), a
-    response in pixels from another (image_range)."""
-
-    def __init__(self, tokenizer, codebook_size):
-        self.tokenizer, self.codebook_size = tokenizer, codebook_size
-        # a caption that says "<image>" means those letters, never the special token
-        tokenizer.encode_special_tokens = True
-        self.eos, self.eoi, self.boi, self.bos, self.pad = (tokenizer.token_to_id(s) for s in SPECIALS)
-        self.image_start = tokenizer.token_to_id("<img_0>")
-        self.size = self.image_start + codebook_size
-        self.text_range = (0, self.eos + 1)
-        self.image_range = (self.image_start, self.size)
-        self.cut = False
-
-    @classmethod
-    def train(cls, texts, codebook_size, text_size=800):
-        """Learn text_size tokens of text, our specials among them, from an iterable of strings; add one an image code."""
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=text_size - len(SPECIALS), show_progress=False, min_frequency=2,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-        return cls.append(tokenizer, codebook_size)
-
-    @classmethod
-    def append(cls, tokenizer, codebook_size):
-        """A tokenizer of text with our specials and the image codes after its own tokens."""
-        new = [*SPECIALS, *(f"<img_{i}>" for i in range(codebook_size))]
-        tokenizer.add_special_tokens([AddedToken(s, special=True) for s in new])
-        return cls(tokenizer, codebook_size)
-
-    def save(self, folder):
-        """Write tokenizer.json and the few names that transformers' AutoTokenizer asks for."""
-        self.tokenizer.save(str(Path(folder) / "tokenizer.json"))
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps({
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>",
-            "pad_token": "<pad>", "clean_up_tokenization_spaces": False}, indent=2) + "\n")
-
-    @classmethod
-    def load(cls, folder):
-        """Read what save wrote. Raises UserError."""
-        tokenizer = read_tokenizer(folder)
-        if tokenizer.token_to_id("<img_0>") is None:
-            raise UserError(f"{folder}/tokenizer.json has no image tokens; name a folder that `python sft.py` wrote")
-        return cls(tokenizer, tokenizer.get_vocab_size() - tokenizer.token_to_id("<img_0>"))
-
-    @classmethod
-    def extend(cls, folder, codebook_size):
-        """The tokenizer of any model folder, with our specials and the image codes after its own tokens.
-
-        Raises UserError if one of our specials is already among them, or if its ids have gaps."""
-        tokenizer = read_tokenizer(folder)
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        size, last = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values())
-        if last != size - 1:
-            raise UserError(f"{folder}/tokenizer.json numbers its {size} tokens up to {last}; only ids without gaps are "
-                            "read here")
-        if taken := [s for s in SPECIALS if tokenizer.token_to_id(s) is not None]:
-            raise UserError(f"{folder}/tokenizer.json uses {' '.join(taken)} for itself, which are our names; rename them")
-        return cls.append(tokenizer, codebook_size)
-
-    def encode_text(self, text):
-        """Text to ids, at most MAX_TEXT of them; says once when it cuts."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if len(ids) > MAX_TEXT and not self.cut:
-            self.cut = True
-            tqdm.write(f"a text of {len(ids)} tokens was cut to {MAX_TEXT}, and so will be others: {text[:60]!r}…")
-        return ids[:MAX_TEXT]
-
-    def decode_text(self, ids):
-        """Ids to text, specials left out."""
-        low, high = self.text_range
-        return self.tokenizer.decode([i for i in ids if low <= i < high and i != self.eos]).strip()
-
-    def codes_to_ids(self, codes):
-        """Image codes to ids."""
-        return [int(c) + self.image_start for c in codes]
-
-    def ids_to_codes(self, ids):
-        """Ids of an image back to codes."""
-        return [i - self.image_start for i in ids]
-
-    def image(self, codes):
-        """An image inside a prompt: <image> codes </image>."""
-        return [self.boi, *self.codes_to_ids(codes), self.eoi]
-
-    def understand(self, codes, instruction):
-        """Prompt of report and ask: the image, then words."""
-        return [self.bos, *self.image(codes), *self.encode_text(instruction)]
-
-    def draw(self, instruction):
-        """Prompt of generate; an empty instruction is the unconditional prompt of guidance."""
-        return [self.bos, *self.encode_text(instruction), self.boi]
-
-    def segment(self, codes, structure, wording=0):
-        """Prompt of segment: the image, the structure's name, then the mask's <image>."""
-        return [*self.understand(codes, INSTRUCTIONS["segment"][wording].format(structure)), self.boi]
-
-    def text_response(self, text):
-        """A response in words: its tokens and <eos>."""
-        return [*self.encode_text(text), self.eos]
-
-    def image_response(self, codes):
-        """A response in pixels: codes and </image>."""
-        return [*self.codes_to_ids(codes), self.eoi]
-
-
-def all_texts(records):
-    """Every string of a sequence of records, for training the vocabulary."""
-    yield from (w for words in INSTRUCTIONS.values() for w in words * 50)
-    for record in records:
-        yield record.text
-        for pair in record.questions:
-            yield from pair
-        yield from record.masks
-
-
-@dataclass
-class Study:
-    """A record as tokens: what training needs of it once its pixels are gone."""
-
-    codes: np.ndarray                # (N,) image codes
-    text: str
-    questions: tuple
-    masks: tuple                     # of (structure, codes (N,)), at most MASKS_EACH
-    findings: tuple | None
-    tasks: tuple                     # the tasks it serves
-
-
-MASKS_EACH = 2
-
-
-def encode_records(records, vqgan, channels, seed, device, autocast, title="encoding"):
-    """Records to Studies: images and up to MASKS_EACH randomly chosen masks through the tokenizer."""
-    studies = []
-    for start in tqdm(range(0, len(records), 256), desc=title, unit="batch", leave=False):
-        batch = [records[i] for i in range(start, min(start + 256, len(records)))]
-        images, names = [r.image for r in batch], []
-        for i, record in enumerate(batch, start):
-            order = np.random.default_rng([seed, 2, i]).permutation(sorted(record.masks))
-            names.append([str(n) for n in order[:MASKS_EACH]])
-            images += [record.masks[n] * np.uint8(255) for n in names[-1]]
-        codes = encode_images(images, vqgan, channels, device, autocast)
-        at = len(batch)
-        for record, mine, own in zip(batch, codes, names):
-            has = {"report": record.text, "generate": record.text, "ask": record.questions, "segment": own}
-            tasks = tuple(t for t in has if has[t])
-            studies.append(Study(mine, record.text, record.questions, tuple(zip(own, codes[at:at + len(own)])),
-                                 record.findings, tasks))
-            at += len(own)
-    return studies
-
-
-def encode_images(images, vqgan, channels, device, autocast):
-    """A list of uint8 arrays to codes (n, N), an int16 array."""
-    with autocast():
-        return vqgan.encode(to_pixels(stack(images, channels)).to(device)).cpu().numpy().astype(np.int16)
-
-
-def make_example(study, task, vocab, rng, empty_share=0.0):
-    """(prompt ids, response ids) of one task on one study, wordings drawn from rng."""
-    wording = rng.integers(3)
-    if task == "report":
-        return (vocab.understand(study.codes, INSTRUCTIONS["report"][wording]), vocab.text_response(study.text))
-    if task == "generate":
-        emptied = rng.random() < empty_share
-        prompt = vocab.draw("" if emptied else INSTRUCTIONS["generate"][wording].format(study.text))
-        return prompt, vocab.image_response(study.codes)
-    if task == "ask":
-        question, answer = study.questions[rng.integers(len(study.questions))]
-        return vocab.understand(study.codes, question), vocab.text_response(answer)
-    structure, mask = study.masks[rng.integers(len(study.masks))]
-    return vocab.segment(study.codes, structure, wording), vocab.image_response(mask)
-
-
-def collate(examples, pad, device="cpu"):
-    """(prompt, response) pairs to ids and labels, each (B, T): labels are -100 outside the response."""
-    T = max(len(p) + len(r) for p, r in examples)
-    ids = torch.full((len(examples), T), pad)
-    labels = torch.full((len(examples), T), -100)
-    for row, (prompt, response) in enumerate(examples):
-        end = len(prompt) + len(response)
-        ids[row, :end] = torch.tensor([*prompt, *response])
-        labels[row, len(prompt):end] = ids[row, len(prompt):end]
-    return ids.to(device), labels.to(device)
-
-
-# ---------------------------------------------------------------------------------------------
-# Distortions: what makes the dispreferred data
-# ---------------------------------------------------------------------------------------------
-
-
-def add_noise(image, rng, strength):
-    """DDPM's forward process √ᾱ·x + √(1−ᾱ)·ε at step `strength` of 1000, linear β (arXiv:2006.11239)."""
-    alpha = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[min(strength, 1000) - 1]
-    x = image / 127.5 - 1.0
-    x = np.sqrt(alpha) * x + np.sqrt(1 - alpha) * rng.standard_normal(image.shape)
-    return ((x + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
-
-
-def blur(image, rng, strength):
-    """Gaussian blur of 3 to 6 % of the width."""
-    radius = image.shape[1] * rng.uniform(0.03, 0.06)
-    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
-
-
-def lower_contrast(image, rng, strength):
-    """Contrast cut to 20 to 40 % around the mean."""
-    return (image.mean() + (image - image.mean()) * rng.uniform(0.2, 0.4)).round().astype(np.uint8)
-
-
-def invert(image, rng, strength):
-    """Black and white exchanged."""
-    return 255 - image
-
-
-def shuffle_patches(image, rng, strength):
-    """A 4x4 grid of patches in random order."""
-    h, w = image.shape[0] // 4, image.shape[1] // 4
-    patches = [image[y:y + h, x:x + w] for y in range(0, 4 * h, h) for x in range(0, 4 * w, w)]
-    order, result = rng.permutation(16), image.copy()
-    for i, (y, x) in enumerate((y, x) for y in range(0, 4 * h, h) for x in range(0, 4 * w, w)):
-        result[y:y + h, x:x + w] = patches[order[i]]
-    return result
-
-
-def cut_out(image, rng, strength):
-    """A black rectangle of half the height and width."""
-    h, w = image.shape[0] // 2, image.shape[1] // 2
-    y, x = rng.integers(h + 1), rng.integers(w + 1)
-    result = image.copy()
-    result[y:y + h, x:x + w] = 0
-    return result
-
-
-def crop(image, rng, strength):
-    """A random window of half the height and width, enlarged."""
-    h, w = image.shape[0] // 2, image.shape[1] // 2
-    y, x = rng.integers(h + 1), rng.integers(w + 1)
-    window = Image.fromarray(image[y:y + h, x:x + w])
-    return np.asarray(window.resize((image.shape[1], image.shape[0]), Image.Resampling.BICUBIC))
-
-
-def flip(image, rng, strength):
-    """Left and right exchanged: the classic laterality error."""
-    return image[:, ::-1].copy()
-
-
-PIXEL_DISTORTIONS = {"noise": add_noise, "blur": blur, "contrast": lower_contrast, "invert": invert,
-                     "shuffle": shuffle_patches, "cutout": cut_out, "crop": crop, "flip": flip}
-DISTORTIONS = (*PIXEL_DISTORTIONS, "region-noise", "remove", "add", "mirror", "other")
-
-
-def finding_mask(record, rng):
-    """The mask of one of the record's findings, or None where it has none."""
-    names = sorted({f.name for f in record.findings or ()} & record.masks.keys())
-    return record.masks[names[rng.integers(len(names))]] if names else None
-
-
-def erase(image, mask):
-    """The mask filled with the median of the pixels around it."""
-    grown = np.asarray(Image.fromarray(mask).filter(ImageFilter.MaxFilter(7))) > 0 if mask.any() else mask
-    ring = grown & ~mask
-    result = image.copy()
-    result[mask] = np.median(image[ring], axis=0) if ring.any() else 0
-    return result
-
-
-def alike(a, b):
-    """Whether two records state the same: their findings where both are known, else their texts."""
-    if a.findings is None or b.findings is None:
-        return a.text == b.text
-    return {key(f) for f in a.findings} == {key(f) for f in b.findings}
-
-
-def distort(records, index, kind, strength, rng, region=None):
-    """(distorted image, the kind used) of record `index`; the image is None where nothing applies.
-
-    Global kinds are in PIXEL_DISTORTIONS. region-noise: noise inside one finding's mask only; where none has
-    a mask, inside region(record), a mask (H, W) or None that the caller finds; else everywhere. remove, add,
-    mirror: phantoms are drawn again with one finding taken out, put in or moved to the other side; a real
-    image has a finding's mask filled (remove) or is flipped (mirror). other: the image of another record,
-    one that states something else.
-    What a record cannot take falls back: a phantom's remove and mirror to add; a real image's add, and
-    its remove where no finding has a mask, to other. The kind returned tells."""
-    record = records[index]
-    if kind in PIXEL_DISTORTIONS:
-        return PIXEL_DISTORTIONS[kind](record.image, rng, strength), kind
-    if kind in ("remove", "add", "mirror") and record.spec:
-        for change in (kind, "add"):
-            if spec := redraw(record.spec, change, rng):
-                return draw(spec, record.image.shape[0])[0], change
-    mask = finding_mask(record, rng) if kind in ("remove", "region-noise") else None
-    if kind == "remove" and mask is not None:
-        return erase(record.image, mask), kind
-    if kind == "region-noise":
-        if mask is None:
-            mask, kind = region(record) if region else None, "model-region-noise"
-        noise = add_noise(record.image, rng, strength)
-        if mask is None:
-            return noise, "noise"
-        return np.where(mask if noise.ndim == 2 else mask[..., None], noise, record.image), kind
-    if kind == "mirror":
-        return flip(record.image, rng, strength), kind
-    for _ in range(10 if len(records) > 1 else 0):
-        another = records[(index + 1 + int(rng.integers(len(records) - 1))) % len(records)]
-        if not alike(record, another):
-            return another.image, "other"
-    return None, "other"
+    """Counts of one report: findings stated, true, right, hallucinated, on the wrong side; whether all is exact."""
+    stated, true = names_and_sides(stated), names_and_sides(true)
+    missed = {name for name, side in true - stated if side}
+    wrong_side = [name for name, side in stated - true if side and name in missed]
+    return {"stated": len(stated), "true": len(true), "right": len(stated & true), "hallucinated": len(stated - true),
+            "laterality": len(wrong_side), "exact": stated == true}

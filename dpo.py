@@ -1,7 +1,7 @@
 """Stage 2, preference optimisation: hallucinate less, reading images and drawing them.
 
-    python dpo.py                          # bidirectional DPO, to out/dpo; trains the stages before it if missing
-    python dpo.py --objective mdpo --name mdpo          # another published objective, to out/mdpo
+    python dpo.py                          # bidirectional DPO, to out/bidpo; trains the stages before it if missing
+    python dpo.py --objective mdpo         # another published objective, to out/mdpo
     python dpo.py --objective sft          # the control, out/control: same steps, same chosen sequences, plain SFT
 
 One pair is a genuine image m with its report y_w, a distorted image m', and a rejected report y_l, as a rule
@@ -13,7 +13,7 @@ gives y_w most readily: a hard pair. With the reward r(y|x) = β·(log π_θ(y|x
     conditional   −log σ(r(y_w|m) − r(y_w|m'))    the report belongs to its own image (CoPO, arXiv:2406.11839)
     anchor        −log σ(r(chosen) − δ)           what is chosen must not become less likely (AncPO, ibid.)
     language      (1 − σ(r(y_w|m) − r(y_l|m))^q)/q      y_l written with the image's content gone (NaPO,
-                                                          arXiv:2503.17928)
+                                                  arXiv:2503.17928)
     vision        the same                              y_l written without the question
     mask          −log σ(r(mask|m) − r(other mask|m))   two masks the SFT model drew, ranked by a judge
 
@@ -35,6 +35,9 @@ logs): λ_s = λ_r = 10 about evens the two parts. bidpo follows the abstract of
 that is public: text and image are the abstract's, conditional and anchor ours (--conditional-weight 0 --anchor-weight
 0: the strict reading). rndpo is our reading of an abstract.
 
+The lesson, in order: contrasts and objectives, as pure functions; pairs; pairs as sequences, and their
+log-probabilities; training. For consultation: key region, entropy, mask proposals; pairs on disk.
+
 A healthy log starts with every −log σ term at 0.6931 (log 2: policy == reference; bidpo's anchor at twice that,
 it holds two sequences; NaPO's at 0.5) and all margins 0; then margins grow. The log-ratios of what is chosen
 (drift/text_chosen, drift/image_chosen) may fall meanwhile, as the loss rewards the gap and not the level: anchor
@@ -47,6 +50,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,12 +60,13 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import sft as sft_stage
-from data import (DISTORTIONS, INSTRUCTIONS, MAX_TEXT, add_noise, check_data, collate, data_name, distort, encode_images,
-                  encode_records, lexicon, make_example, open_data, spread, statement)
-from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, cli, finish_stage, generate, get_lr,
-                   init_run, make_optimizers, per_token_logps, pick, read_tensors, run, run_flags, save_state, save_tuned,
-                   sequence_logps, set_lr, trained_parameters, weights_hash)
-from sft import dice, draw_masks, load_gpt, load_vqgan, response_loss
+from data import DISTORTIONS, add_noise, check_data, data_name, distort, lexicon, open_data, spread_indices, statement_of
+from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, cli, config_for, finish_stage, get_lr,
+                   init_run, make_optimizers, per_token_logps, read_tensors, run, run_flags, save_state, save_tuned,
+                   sequence_logps, set_lr, take_step, trained_parameters, weights_hash)
+from sft import (INSTRUCTIONS, collate, dice, draw_masks, encode_records, load_gpt, load_vqgan, make_example, pick_task,
+                 response_loss, sample_words)
+from vqgan import encode_images
 
 
 @dataclass
@@ -70,23 +75,24 @@ class DPOConfig(TuneConfig):
 
     objective: str = arg("bidpo", "bidpo, dpo, mdpo, mfpo, napo, rndpo; sft: the control, chosen sequences alone",
                          choices=("bidpo", "dpo", "mdpo", "mfpo", "napo", "rndpo", "sft"))
-    name: str = arg("", "folder under --out for the result; empty: control for --objective sft, dpo for every other")
+    name: str = arg("", "folder under --out for the result; empty: the objective's name, control for --objective sft")
     steps: int = arg(300, "optimizer steps")
     batch_size: int = arg(16, "pairs a step")
     pairs: int = arg(4800, "pairs to build, from as many training records")
-    distort: tuple = arg(("remove",), "kinds of distortion, drawn evenly: " + " ".join(DISTORTIONS))
+    distort: tuple = arg(("remove",), "kinds of distortion, drawn evenly: " + " ".join(DISTORTIONS), choices=DISTORTIONS)
     candidates: int = arg(1, "distorted images to try for a pair; the one that the SFT model notices least is taken")
-    strength: int = arg(500, "noise and region-noise: DDPM step, 1 to 1000")
-    rejected: tuple = arg(("distorted",), "who writes the rejected report, mixed evenly: the SFT model shown the "
-                          "distorted image, its own wrong report of the genuine one (own), or no-image, no-question")
+    strength: int = arg(500, "noise and region-noise: DDPM step, 1 to 1000", most=1000)
+    rejected: tuple = arg(("distorted",), "what the SFT model is shown when it writes the rejected report, mixed evenly: the "
+                          "distorted image, the genuine one (own: its own errors), the genuine one's codes scrambled, or "
+                          "no-question", choices=("distorted", "own", "scrambled", "no-question"))
     pair_temperature: float = arg(1.0, "temperature of the SFT model's reports and masks")
-    flip_pairs: float = arg(0.0, "share of pairs with chosen and rejected report and mask swapped, for every term and the NLL")
+    flip_pairs: float = arg(0.0, "share of pairs with chosen and rejected report and mask swapped, for every term and the NLL",
+                            most=1)
     curriculum: bool = arg(False, "easy, medium, hard thirds one after the other, by semantic entropy (mfpo: on)")
     entropy_samples: int = arg(5, "reports sampled for the semantic entropy of an image")
-    proposals: int = arg(4, "rndpo: masks that the SFT model draws of one structure")
-    judge: str = arg("agreement", "rndpo: ranks masks by Dice with the other proposals, or with the truth",
-                     choices=("agreement", "truth"))
-    judge_noise: float = arg(0.0, "rndpo: share of the judge's comparisons that come out wrong")
+    proposals: int = arg(4, "rndpo: masks that the SFT model draws of one structure; the judge ranks them by their "
+                         "Dice with each other", least=2)
+    judge_noise: float = arg(0.0, "rndpo: share of the judge's comparisons that come out wrong", most=1)
     mining: str = arg("top-bottom", "rndpo: best against worst proposal, or a random two",
                       choices=("top-bottom", "random"))
     normalise: bool = arg(False, "divide image and mask margins by the number of codes that differ (rndpo: on)")
@@ -100,8 +106,8 @@ class DPOConfig(TuneConfig):
     vision_weight: float = arg(1.0, "λ of vision")
     mask_weight: float = arg(1.0, "λ of mask")
     napo_alpha: float = arg(1.0, "napo: α, how steeply q falls as margins grow")
-    q_min: float = arg(0.001, "napo: least q; towards 0 the term becomes DPO's")
-    q_max: float = arg(1.0, "napo: greatest q; at 1 the term is the noise-robust mean absolute error")
+    q_min: float = arg(0.001, "napo: least q; towards 0 the term becomes DPO's", least=1e-6, most=1)
+    q_max: float = arg(1.0, "napo: greatest q; at 1 the term is the noise-robust mean absolute error", most=1)
     sft_weight: float = arg(0.5, "λ_s: mean negative log-probability of chosen sequences, per token (sft: 1)")
     rehearsal_weight: float = arg(1.0, "λ_r: the same of questions, masks and emptied prompts")
     rehearsal_size: int = arg(32, "rehearsal sequences a step")
@@ -120,19 +126,53 @@ PUBLISHED = dict(beta=0.1, text_weight=1.0)
 OBJECTIVE_DEFAULTS = {"bidpo": {}, "dpo": PUBLISHED, "mdpo": PUBLISHED | dict(anchor_weight=1.0), "napo": PUBLISHED,
                       "mfpo": PUBLISHED | dict(anchor_weight=1.0, curriculum=True),
                       "rndpo": dict(beta=5.0, normalise=True), "sft": dict(sft_weight=1.0)}
+
+
+# ---------------------------------------------------------------------------------------------
+# The lesson: contrasts, and objectives as pure functions of them
+# ---------------------------------------------------------------------------------------------
+
+# contrast: its chosen and its rejected sequence (SEQUENCES, below, says what each of them holds)
+CONTRASTS = {"text": ("text_chosen", "text_rejected"), "image": ("image_chosen", "image_rejected"),
+             "conditional": ("text_chosen", "text_distorted"), "language": ("text_chosen", "text_language"),
+             "vision": ("text_chosen", "text_vision"), "mask": ("mask_chosen", "mask_rejected")}
 CHOSEN = ("text_chosen", "image_chosen")      # what the NLL is taken of, for every objective and the control
-REHEARSAL = {"report": 0.0, "generate": 0.25, "ask": 0.45, "segment": 0.30}
 
 
-# ---------------------------------------------------------------------------------------------
-# Objectives: pure functions of margins r(chosen) − r(rejected), one a comparison, and of rewards, one a
-# sequence, all (B,). The result is each term's loss, (B,).
-# ---------------------------------------------------------------------------------------------
+class Sums(NamedTuple):
+    """Sums over the tokens of one kind of sequence, (B,) each: of log π, in nats, or of log π_θ − log π_ref.
+
+    Ω are the image codes in which a sequence differs from the one it is compared with; all its tokens if there is none."""
+
+    whole: torch.Tensor          # over the response
+    tokens: torch.Tensor         # how many tokens that is
+    omega: torch.Tensor          # over Ω alone
+    omega_tokens: torch.Tensor   # |Ω|
 
 
-def preference_loss(margin):
+class Contrast(NamedTuple):
+    """How much a batch of pairs prefers the chosen to the rejected sequence, (B,) each."""
+
+    margin: torch.Tensor         # r(chosen) − r(rejected), with r = β·(log π_θ − log π_ref)
+    mean_margin: torch.Tensor    # the same of means per token and without β; NaPO's q follows it
+    keep: torch.Tensor           # 1 where the two differ, so that the pair counts, else 0
+
+
+def make_contrast(name, ratios, keep, cfg):
+    """A Contrast from the log-ratios of its two sequences, {sequence: Sums}.
+
+    With cfg.normalise image and mask margins are sums over Ω divided by |Ω|: codes outside Ω differ in probability
+    too, through their prefix, and are left out (our reading of arXiv:2601.23222)."""
+    chosen, rejected = (ratios[sequence] for sequence in CONTRASTS[name])
+    margin = cfg.beta * (chosen.whole - rejected.whole)
+    if cfg.normalise and name in ("image", "mask"):
+        margin = cfg.beta * (chosen.omega - rejected.omega) / chosen.omega_tokens.clamp(min=1)
+    return Contrast(margin, chosen.whole / chosen.tokens - rejected.whole / rejected.tokens, keep)
+
+
+def preference_loss(contrast):
     """−log σ(margin) (Eq. 7, arXiv:2305.18290), computed as softplus(−margin); log 2 at margin 0."""
-    return F.softplus(-margin)
+    return F.softplus(-contrast.margin)
 
 
 def anchor_loss(reward, delta):
@@ -140,65 +180,9 @@ def anchor_loss(reward, delta):
     return F.softplus(delta - reward)
 
 
-def box_cox_loss(margin, q):
+def box_cox_loss(contrast, q):
     """(1 − σ(margin)^q)/q (arXiv:2503.17928): q → 0 gives −log σ(margin), q = 1 the bounded 1 − σ(margin)."""
-    return -torch.expm1(q * F.logsigmoid(margin)) / q
-
-
-def noise_q(mean_margin, cfg):
-    """NaPO's q of a batch, from its mean margin of per-token mean log-ratios: a margin near 0 means noise, a high q."""
-    return (2 * (1 - torch.sigmoid(cfg.napo_alpha * mean_margin.detach()))).clamp(cfg.q_min, cfg.q_max)
-
-
-def dpo_loss(margins, rewards, cfg):
-    """Image to text alone (arXiv:2305.18290)."""
-    return {"text": preference_loss(margins["text"])}
-
-
-def bidpo_loss(margins, rewards, cfg):
-    """Both directions (doi 10.1109/JBHI.2026.3707092), with a conditional and an anchor term of our own choice."""
-    return {"text": preference_loss(margins["text"]), "image": preference_loss(margins["image"]),
-            "conditional": preference_loss(margins["conditional"]),
-            "anchor": sum(anchor_loss(rewards[k], cfg.anchor_delta) for k in CHOSEN)}
-
-
-def mdpo_loss(margins, rewards, cfg):
-    """DPO + CoPO + AncPO (arXiv:2406.11839)."""
-    return {"text": preference_loss(margins["text"]), "conditional": preference_loss(margins["conditional"]),
-            "anchor": anchor_loss(rewards["text_chosen"], cfg.anchor_delta)}
-
-
-def mfpo_loss(margins, rewards, cfg):
-    """L_text + L_image + L_margin (arXiv:2410.15334): mdpo's sum, on other data and in another order."""
-    return mdpo_loss(margins, rewards, cfg)
-
-
-def napo_loss(margins, rewards, cfg):
-    """DPO, and noise-robust terms for rejected reports made under language and vision bias (arXiv:2503.17928)."""
-    return {"text": preference_loss(margins["text"])} | {
-        bias: box_cox_loss(margins[bias], margins[f"{bias}/q"]) for bias in ("language", "vision")}
-
-
-def rndpo_loss(margins, rewards, cfg):
-    """DPO between masks, and between images, with margins divided by |Ω| (our reading of arXiv:2601.23222)."""
-    return {"mask": preference_loss(margins["mask"]), "image": preference_loss(margins["image"])}
-
-
-# objective: its function and the comparisons whose margins it needs
-OBJECTIVES = {"dpo": (dpo_loss, ("text",)), "bidpo": (bidpo_loss, ("text", "image", "conditional")),
-              "mdpo": (mdpo_loss, ("text", "conditional")), "mfpo": (mfpo_loss, ("text", "conditional")),
-              "napo": (napo_loss, ("text", "language", "vision")), "rndpo": (rndpo_loss, ("mask", "image")),
-              "sft": (lambda margins, rewards, cfg: {}, ())}
-# comparison: its chosen and its rejected sequence
-COMPARISONS = {"text": ("text_chosen", "text_rejected"), "image": ("image_chosen", "image_rejected"),
-               "conditional": ("text_chosen", "text_distorted"), "language": ("text_chosen", "text_language"),
-               "vision": ("text_chosen", "text_vision"), "mask": ("mask_chosen", "mask_rejected")}
-BIASED = {"language": "no-image", "vision": "no-question"}      # comparison: who writes its rejected report
-
-
-def sequences_of(objective):
-    """The sequences that an objective scores, CHOSEN first."""
-    return tuple(dict.fromkeys(CHOSEN + sum((COMPARISONS[c] for c in OBJECTIVES[objective][1]), ())))
+    return -torch.expm1(q * F.logsigmoid(contrast.margin)) / q
 
 
 def masked_mean(values, keep):
@@ -206,36 +190,79 @@ def masked_mean(values, keep):
     return (values * keep).sum() / keep.sum().clamp(min=1)
 
 
-def make_margins(ratios, sizes, keep, cfg):
-    """Margins (B,) of the objective's comparisons from log-ratios log π_θ − log π_ref of its sequences.
-
-    "NAME/q" is NaPO's q, from margins of per-token means (without β) over the pairs that count. With cfg.normalise
-    image and mask margins are sums over Ω, the codes in which the two differ, divided by |Ω|: codes outside Ω
-    differ in probability too, through their prefix, and are left out."""
-    margins = {}
-    for name in OBJECTIVES[cfg.objective][1]:
-        chosen, rejected = COMPARISONS[name]
-        suffix = "/Ω" if cfg.normalise and name in ("image", "mask") else ""
-        margins[name] = cfg.beta * (ratios[chosen + suffix] - ratios[rejected + suffix])
-        if suffix:
-            margins[name] = margins[name] / sizes[chosen + suffix].clamp(min=1)
-        if name in BIASED:
-            per_token = ratios[chosen] / sizes[chosen] - ratios[rejected] / sizes[rejected]
-            margins[f"{name}/q"] = noise_q(masked_mean(per_token, keep[name]), cfg)
-    return margins
+def noise_q(contrast, cfg):
+    """NaPO's q of a batch: mean margins near 0 mean noise, a high q and so a bounded loss. No gradient passes."""
+    mean = masked_mean(contrast.mean_margin, contrast.keep).detach()
+    return (2 * (1 - torch.sigmoid(cfg.napo_alpha * mean))).clamp(cfg.q_min, cfg.q_max)
 
 
-def objective_loss(ratios, sizes, keep, cfg):
-    """The objective's weighted sum, each term's mean over the pairs that count (keep, 0 or 1), and the margins."""
-    margins = make_margins(ratios, sizes, keep, cfg)
-    rewards = {k: cfg.beta * v for k, v in ratios.items()}
-    terms = {name: masked_mean(loss, keep.get(name, torch.ones_like(loss)))
-             for name, loss in OBJECTIVES[cfg.objective][0](margins, rewards, cfg).items()}
-    return sum(getattr(cfg, f"{name}_weight") * term for name, term in terms.items()), terms, margins
+# An objective maps its contrasts {name: Contrast} and the rewards r of sequences, (B,) each, to the loss of each of
+# its terms, (B,). objective_loss weighs and sums them.
+
+
+def dpo_loss(contrasts, rewards, cfg):
+    """Image to text alone (arXiv:2305.18290)."""
+    return {"text": preference_loss(contrasts["text"])}
+
+
+def bidpo_loss(contrasts, rewards, cfg):
+    """Both directions (doi 10.1109/JBHI.2026.3707092), with a conditional and an anchor term of our own choice."""
+    return {"text": preference_loss(contrasts["text"]), "image": preference_loss(contrasts["image"]),
+            "conditional": preference_loss(contrasts["conditional"]),
+            "anchor": sum(anchor_loss(rewards[sequence], cfg.anchor_delta) for sequence in CHOSEN)}
+
+
+def mdpo_loss(contrasts, rewards, cfg):
+    """DPO + CoPO + AncPO (arXiv:2406.11839). MFPO (arXiv:2410.15334) has the same sum, on other data in another order."""
+    return {"text": preference_loss(contrasts["text"]), "conditional": preference_loss(contrasts["conditional"]),
+            "anchor": anchor_loss(rewards["text_chosen"], cfg.anchor_delta)}
+
+
+def napo_loss(contrasts, rewards, cfg):
+    """DPO, and noise-robust terms for rejected reports made under language and vision bias (arXiv:2503.17928)."""
+    return {"text": preference_loss(contrasts["text"])} | {
+        bias: box_cox_loss(contrasts[bias], noise_q(contrasts[bias], cfg)) for bias in ("language", "vision")}
+
+
+def rndpo_loss(contrasts, rewards, cfg):
+    """DPO between masks, and between images, with margins divided by |Ω| (our reading of arXiv:2601.23222)."""
+    return {"mask": preference_loss(contrasts["mask"]), "image": preference_loss(contrasts["image"])}
+
+
+def no_loss(contrasts, rewards, cfg):
+    """The control: no preference."""
+    return {}
+
+
+# objective: its function and the contrasts it needs
+OBJECTIVES = {"dpo": (dpo_loss, ("text",)), "bidpo": (bidpo_loss, ("text", "image", "conditional")),
+              "mdpo": (mdpo_loss, ("text", "conditional")), "mfpo": (mdpo_loss, ("text", "conditional")),
+              "napo": (napo_loss, ("text", "language", "vision")), "rndpo": (rndpo_loss, ("mask", "image")),
+              "sft": (no_loss, ())}
+
+
+def contrasts_of(cfg):
+    """The names of the contrasts that the objective needs."""
+    return OBJECTIVES[cfg.objective][1]
+
+
+def sequences_of(cfg):
+    """The names of the sequences that the objective scores, CHOSEN first."""
+    return tuple(dict.fromkeys(CHOSEN + sum((CONTRASTS[name] for name in contrasts_of(cfg)), ())))
+
+
+def objective_loss(ratios, keep, cfg):
+    """The objective's weighted sum, its terms and its contrasts, from log-ratios {sequence: Sums}.
+
+    A term is the mean over the pairs that count, keep {contrast: (B,) of 0 or 1}; an anchor's over all."""
+    contrasts = {name: make_contrast(name, ratios, keep[name], cfg) for name in contrasts_of(cfg)}
+    losses = OBJECTIVES[cfg.objective][0](contrasts, {k: cfg.beta * v.whole for k, v in ratios.items()}, cfg)
+    terms = {name: masked_mean(loss, keep.get(name, torch.ones_like(loss))) for name, loss in losses.items()}
+    return sum(getattr(cfg, f"{name}_weight") * term for name, term in terms.items()), terms, contrasts
 
 
 # ---------------------------------------------------------------------------------------------
-# Pairs: built once, in out/pairs, for every objective
+# The lesson: pairs, built once, in out/pairs, for every objective
 # ---------------------------------------------------------------------------------------------
 
 
@@ -253,95 +280,74 @@ class Pair:
     entropy: float | None = None            # semantic entropy of its reports on the genuine image, in nats
     structure: str = ""          # of the proposals; "" where the record has no masks
     proposals: np.ndarray | None = None     # (k, N) masks of the structure that the SFT model drew
-    scores: np.ndarray | None = None        # (2, k) their Dice with each other, and with the true mask
-    # what one run takes of all this
-    wording: int = 0             # which of the three ways to ask; choose_rejected draws it
-    rejected: str = ""
+    scores: np.ndarray | None = None        # (2, k) their Dice with each other (the judge), and with the true mask
+    # what one run takes of all this (take_sides)
+    wording: int = 0             # which of the three ways to ask
+    rejected: str = ""           # the rejected report
     masks: tuple = ()            # chosen and rejected codes
 
 
-def shuffled(pair):
+def scrambled(pair):
     """The genuine image's codes in random order: its gray values and nothing of its findings."""
     return np.random.default_rng(pair.index).permutation(pair.codes)
 
 
-# Writer: its prompt. Without the image the model can only follow the habits of language, without the question only
-# what it likes to say of images (NaPO's two biases). "No image" is one that shows nothing: a model that has never
-# met a prompt without any image answers it with scrambled words, which teach nothing.
-WRITERS = {"distorted": lambda p, vocab, asked: vocab.understand(p.distorted, asked),
-           "own": lambda p, vocab, asked: vocab.understand(p.codes, asked),
-           "no-image": lambda p, vocab, asked: vocab.understand(shuffled(p), asked),
-           "no-question": lambda p, vocab, asked: vocab.understand(p.codes, "")}
+# Writer of a rejected report: its prompt. Without the image the model can only follow the habits of language, without
+# the question only what it likes to say of images (NaPO's two biases). For "without the image" it is shown a scrambled
+# one: a model that has never met a prompt without any image answers it with scrambled words, which teach nothing.
+WRITERS = {"distorted": lambda p, vocab, instruction: vocab.read_prompt(p.distorted, instruction),
+           "own": lambda p, vocab, instruction: vocab.read_prompt(p.codes, instruction),
+           "scrambled": lambda p, vocab, instruction: vocab.read_prompt(scrambled(p), instruction),
+           "no-question": lambda p, vocab, instruction: vocab.read_prompt(p.codes, "")}
+BIASED = {"language": "scrambled", "vision": "no-question"}      # contrast: who writes its rejected report
 
 
-@torch.no_grad()
-def key_region(record, model, vocab, vqgan, channels, device, autocast):
-    """Where the report comes from: a mask (H, W), for records whose findings have none. Our choice:
-
-    the image is cut into 4x4 blocks, the codes of one after the other replaced by those of noise; the
-    region is the blocks that cost log π(report) at least half of what the costliest does. None if none costs."""
-    drowned = add_noise(record.image, np.random.default_rng(0), 1000)
-    codes, noise = encode_images([record.image, drowned], vqgan, channels, device, autocast)
-    side, (h, w) = int(len(codes) ** 0.5), record.image.shape[:2]
-    blocks = lambda h, w: (np.arange(h)[:, None] * 4 // h) * 4 + np.arange(w) * 4 // w        # (h, w) of 0..15
-    hidden = [np.where(blocks(side, side).ravel() == b, noise, codes) for b in range(16)]
-    asked, said = INSTRUCTIONS["report"][0], vocab.text_response(record.text)
-    with autocast():
-        logps = sequence_logps(model, *collate([(vocab.understand(c, asked), said) for c in (codes, *hidden)],
-                                               vocab.pad, device))
-    cost = (logps[0] - logps[1:]).cpu().numpy()
-    return np.isin(blocks(h, w), np.flatnonzero(cost >= cost.max() / 2)) if cost.max() > 0 else None
+def distorted_images(records, index, cfg, region):
+    """The different ones among cfg.candidates distortions of a record, [(image, kind)], drawn from (seed, index)."""
+    rng, images = np.random.default_rng([cfg.seed, 5, index]), {}
+    for _ in range(cfg.candidates):
+        image, kind = distort(records, index, cfg.distort[rng.integers(len(cfg.distort))], cfg.strength, rng, region)
+        if image is not None:
+            images.setdefault(image.tobytes(), (image, kind))
+    return list(images.values())
 
 
-def count_kinds(pairs):
-    """"12 pairs (9 remove, 3 add)": what there is, for the screen."""
-    used = ", ".join(f"{c} {k}" for k, c in Counter(p.kind for p in pairs).most_common())
-    return f"{len(pairs)} pairs ({used})"
+def build_pairs(records, cfg, vqgan, region, autocast):
+    """Pairs from cfg.pairs records, those that have a text; no reports yet. region as `distort` wants it.
 
-
-def build_pairs(records, cfg, vqgan, region, device, autocast):
-    """Pairs from cfg.pairs records, those that have a text, drawn from (seed, index); no reports yet.
-
-    A record makes as many as it has different ones among cfg.candidates distorted images. A pair whose two images
-    have the same codes is dropped. Raises UserError if none is left."""
+    A record makes as many as it has different distorted images. A pair whose two images have the same codes is
+    dropped. Raises UserError if none is left."""
     order = np.random.default_rng([cfg.seed, 4]).permutation(len(records))[:cfg.pairs]
     pairs, dropped = [], Counter()
-    bar = tqdm(total=len(order), desc="building pairs", unit="record", leave=False)
-    for start in range(0, len(order), 256):
-        batch, genuine, distorted = [], [], []
+    for start in tqdm(range(0, len(order), 256), desc="building pairs", unit="batch", leave=False):
+        drafts = []                                           # (index, record, distorted image, kind)
         for index in map(int, order[start:start + 256]):
-            rng, record = np.random.default_rng([cfg.seed, 5, index]), records[index]
-            if not record.text:
-                dropped["without text"] += 1
-                continue
-            tried = {}                                        # distorted image, as bytes: the image and its kind
-            for _ in range(cfg.candidates):
-                kind = cfg.distort[rng.integers(len(cfg.distort))]
-                image, kind = distort(records, index, kind, cfg.strength, rng, region)
-                if image is not None:
-                    tried.setdefault(image.tobytes(), (image, kind))
-            if not tried:
-                dropped["which no distortion fits"] += 1
-                continue
-            genuine.append(record.image)
-            for image, kind in tried.values():
-                batch.append((index, record, kind, len(genuine) - 1))
-                distorted.append(image)
-        codes = encode_images(genuine + distorted, vqgan, cfg.channels, device, autocast) if batch else []
-        for (index, record, kind, at), twin in zip(batch, codes[len(genuine):]):
-            own = codes[at]
-            if (own == twin).all():
+            record = records[index]
+            images = distorted_images(records, index, cfg, region) if record.text else []
+            drafts += [(index, record, *image_and_kind) for image_and_kind in images]
+            if not images:
+                dropped["which no distortion fits" if record.text else "without text"] += 1
+        if not drafts:
+            continue
+        genuine = encode_images([record.image for _, record, _, _ in drafts], vqgan, autocast)
+        distorted = encode_images([image for _, _, image, _ in drafts], vqgan, autocast)
+        for (index, record, _, kind), codes, twin in zip(drafts, genuine, distorted):
+            if (codes == twin).all():
                 dropped["whose codes the distortion left as they were"] += 1
             else:
-                pairs.append(Pair(index, record.name, kind, own, twin, record.text))
-        bar.update(min(256, len(order) - start))
-    bar.close()
+                pairs.append(Pair(index, record.name, kind, codes, twin, record.text))
     counts = ", ".join(f"{c} {why}" for why, c in dropped.items())
     if not pairs:
         raise UserError(f"no usable preference pair: dropped {counts or 'nothing, there are no records'}; try another "
                         "--distort")
     tqdm.write(count_kinds(pairs) + (f"; dropped {counts}" if counts else ""))
     return pairs
+
+
+def count_kinds(pairs):
+    """"12 pairs (9 remove, 3 add)": what there is, for the screen."""
+    used = ", ".join(f"{c} {k}" for k, c in Counter(p.kind for p in pairs).most_common())
+    return f"{len(pairs)} pairs ({used})"
 
 
 def least_noticed(pairs, logps):
@@ -361,9 +367,229 @@ def sample_reports(pairs, writer, model, vocab, cfg, seed):
     texts = []
     for start in tqdm(range(0, len(pairs), 256), desc=f"reports, {writer}", unit="batch", leave=False):
         prompts = [WRITERS[writer](p, vocab, INSTRUCTIONS["report"][0]) for p in pairs[start:start + 256]]
-        rows = generate(model, prompts, MAX_TEXT, vocab.text_range, vocab.eos, cfg.pair_temperature, seed=seed + start)
-        texts += [vocab.decode_text(row) for row in rows]
+        texts += sample_words(model, vocab, prompts, cfg.pair_temperature, seed + start)
     return texts
+
+
+def take_sides(pairs, cfg):
+    """Set what this run takes of each pair: its wording, its rejected report and, for rndpo, two masks.
+
+    A share of cfg.flip_pairs is swapped, as in noisy data: NLL, anchor and drawing prompts follow the swapped sides."""
+    flipped = np.random.default_rng([cfg.seed, 12]).random(len(pairs)) < cfg.flip_pairs
+    for i, pair in enumerate(pairs):
+        pair.wording = int(np.random.default_rng([cfg.seed, 6, i]).integers(3))
+        pair.rejected = pair.reports[cfg.rejected[i % len(cfg.rejected)]]
+        pair.masks = (pair.codes, pair.codes)       # without masks to compare, a row that sides_differ leaves out
+        if pair.structure:
+            rng = np.random.default_rng([cfg.seed, 11, i])
+            pair.masks = tuple(pair.proposals[k] for k in rank_proposals(pair.scores[0], cfg.mining, cfg.judge_noise, rng))
+        if flipped[i]:
+            pair.chosen, pair.rejected, pair.masks = pair.rejected, pair.chosen, pair.masks[::-1]
+
+
+def sides_differ(pairs, cfg, phrases):
+    """Which pairs count, {contrast: (n,) bool}: those whose two sides state something else, or differ in a code.
+
+    Raises UserError for a contrast without any such pair."""
+    differ = {"image": lambda p: True, "conditional": lambda p: True,          # build_pairs has seen to these
+              "mask": lambda p: (p.masks[0] != p.masks[1]).any(),              # |Ω| = 0 carries no signal
+              "text": lambda p: statement_of(p.rejected, phrases) != statement_of(p.chosen, phrases)}
+    for bias, writer in BIASED.items():
+        differ[bias] = lambda p, writer=writer: statement_of(p.reports[writer], phrases) != statement_of(p.chosen, phrases)
+    keep = {name: np.array([differ[name](p) for p in pairs], bool) for name in contrasts_of(cfg)}
+    counts = ", ".join(f"{name} {int(v.sum())}" for name, v in keep.items())
+    if not all(v.any() for v in keep.values()):
+        raise UserError(f"--objective {cfg.objective} finds no usable preference pair: of {len(pairs)}, chosen and rejected "
+                        f"differ in: {counts}; try another --rejected or --distort, or a --pair-temperature above 0")
+    if keep:
+        tqdm.write(f"of {len(pairs)} pairs chosen and rejected differ in: {counts}")
+    return keep
+
+
+# ---------------------------------------------------------------------------------------------
+# The lesson: pairs as sequences, and their log-probabilities
+# ---------------------------------------------------------------------------------------------
+
+# sequence: the task, what the model is shown, and the response that is scored given it
+SEQUENCES = {"text_chosen": lambda p: ("report", p.codes, p.chosen),
+             "text_rejected": lambda p: ("report", p.codes, p.rejected),
+             "text_language": lambda p: ("report", p.codes, p.reports["scrambled"]),
+             "text_vision": lambda p: ("report", p.codes, p.reports["no-question"]),
+             "text_distorted": lambda p: ("report", p.distorted, p.chosen),
+             "image_chosen": lambda p: ("generate", p.chosen, p.codes),
+             "image_rejected": lambda p: ("generate", p.chosen, p.distorted),
+             "mask_chosen": lambda p: ("segment", p.codes, p.masks[0]),
+             "mask_rejected": lambda p: ("segment", p.codes, p.masks[1])}
+# an image or mask: the one it is compared with, code by code
+TWINS = {a: b for name in ("image", "mask") for a, b in (CONTRASTS[name], CONTRASTS[name][::-1])}
+
+
+def pair_example(pair, sequence, vocab):
+    """(prompt ids, response ids) of one of the SEQUENCES of a pair."""
+    task, shown, response = SEQUENCES[sequence](pair)
+    if task == "report":
+        return vocab.read_prompt(shown, INSTRUCTIONS["report"][pair.wording]), vocab.text_response(response)
+    if task == "generate":
+        prompt = vocab.draw_prompt(INSTRUCTIONS["generate"][pair.wording].format(shown))
+    else:
+        prompt = vocab.segment_prompt(shown, pair.structure, pair.wording)
+    return prompt, vocab.image_response(response)
+
+
+def pair_batch(pairs, indices, sequences, vocab, device):
+    """ids and labels (S, B, T) of S kinds of sequences of B pairs."""
+    examples = [pair_example(pairs[i], sequence, vocab) for sequence in sequences for i in indices]
+    ids, labels = collate(examples, vocab.pad, device)
+    return ids.unflatten(0, (len(sequences), -1)), labels.unflatten(0, (len(sequences), -1))
+
+
+def score(model, ids, labels, sequences):
+    """log π of a batch that pair_batch made: {sequence: Sums}."""
+    logps = per_token_logps(model, ids.flatten(0, 1), labels.flatten(0, 1)).unflatten(0, ids.shape[:2])   # (S, B, T-1)
+    ids, counted = ids[..., 1:], labels[..., 1:] != -100
+    at = {sequence: i for i, sequence in enumerate(sequences)}
+    result = {}
+    for sequence, i in at.items():
+        omega = counted[i]
+        if TWINS.get(sequence) in at:
+            omega = omega & (ids[i] != ids[at[TWINS[sequence]]])
+        result[sequence] = Sums(logps[i].sum(-1), counted[i].sum(-1), (logps[i] * omega).sum(-1), omega.sum(-1))
+    return result
+
+
+@torch.no_grad()
+def reference_logps(model, pairs, sequences, vocab, cfg, autocast):
+    """log π_ref of every pair, {sequence: Sums of (n,)}; once, before the loop."""
+    chunks = []
+    for start in tqdm(range(0, len(pairs), cfg.batch_size), desc="reference", unit="batch", leave=False):
+        indices = range(start, min(start + cfg.batch_size, len(pairs)))
+        with autocast():
+            chunks.append(score(model, *pair_batch(pairs, indices, sequences, vocab, model.device), sequences))
+    return {s: Sums(*(torch.cat(parts) for parts in zip(*(chunk[s] for chunk in chunks)))) for s in sequences}
+
+
+def log_ratios(policy, reference, indices):
+    """log π_θ − log π_ref of a batch, {sequence: Sums}: policy's Sums of the batch, reference's of all pairs."""
+    return {s: v._replace(whole=v.whole - reference[s].whole[indices], omega=v.omega - reference[s].omega[indices])
+            for s, v in policy.items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# The lesson: training
+# ---------------------------------------------------------------------------------------------
+
+REHEARSAL = {"report": 0.0, "generate": 0.25, "ask": 0.45, "segment": 0.30}
+
+
+def rehearsal_batch(studies, cfg, vocab, step, device):
+    """ids and labels of questions, masks and emptied prompts from the training studies."""
+    rng = np.random.default_rng([cfg.seed, 7, step])
+    studies = [studies[i] for i in batch_indices(len(studies), cfg.rehearsal_size, step, cfg.seed)]
+    examples = [make_example(s, pick_task(s, REHEARSAL, rng), vocab, rng, empty_share=1.0) for s in studies]
+    return collate(examples, vocab.pad, device)
+
+
+def pick_pairs(pairs, cfg, step):
+    """Indices of a step's pairs; with --curriculum from the third of the pairs, easy to hard, whose turn it is."""
+    pool = np.arange(len(pairs))
+    if cfg.curriculum:
+        easy_first = np.argsort([p.entropy for p in pairs], kind="stable")
+        thirds = np.array_split(easy_first, min(3, len(pairs)))
+        pool = thirds[len(thirds) * step // cfg.steps]
+    return pool[batch_indices(len(pool), cfg.batch_size, step, cfg.seed)]
+
+
+def contrast_metrics(ratios, policy, contrasts, cfg):
+    """TRL's log names for each contrast: rewards_text/margins, logps_image/chosen, …
+
+    Rewards are those of whole sequences, also where a margin is one a code of Ω (cfg.normalise)."""
+    result = {}
+    for name, contrast in contrasts.items():
+        chosen, rejected = CONTRASTS[name]
+        values = {f"rewards_{name}/chosen": cfg.beta * ratios[chosen].whole,
+                  f"rewards_{name}/rejected": cfg.beta * ratios[rejected].whole,
+                  f"rewards_{name}/margins": contrast.margin, f"rewards_{name}/accuracies": (contrast.margin > 0).float(),
+                  f"logps_{name}/chosen": policy[chosen].whole, f"logps_{name}/rejected": policy[rejected].whole}
+        result |= {k: masked_mean(v.detach(), contrast.keep) for k, v in values.items()}
+    return result
+
+
+def train(cfg):
+    """Optimise the SFT model on preference pairs (or on their chosen sequences) and write out/NAME."""
+    name = check_flags(cfg)
+    device, autocast = init_run(cfg)
+    model, vocab, vqgan = load_sft(cfg, device)
+    data = open_data(cfg)
+    phrases, sequences = lexicon(data["train"]), sequences_of(cfg)
+    pairs = load_or_build_pairs(cfg, data["train"], phrases, vqgan, model, vocab, autocast)
+    take_sides(pairs, cfg)
+    keep = {k: torch.tensor(v, device=device).float() for k, v in sides_differ(pairs, cfg, phrases).items()}
+    studies = encode_records([data["train"][int(i)] for i in spread_indices(len(data["train"]), cfg.rehearsal_records)],
+                             vqgan, cfg.seed, autocast, "encoding rehearsal")
+    studies = [s for s in studies if any(REHEARSAL[t] > 0 for t in s.tasks)]
+    # all that is needed of the reference, so no second model: from here on this one is the policy
+    reference, sft_hash = reference_logps(model, pairs, sequences, vocab, cfg, autocast), weights_hash(model)
+    adapter = add_lora(model, cfg, Path(cfg.out) / "sft") if cfg.lora_rank else None
+    model.train()
+    trained = trained_parameters(model)
+    optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, weight_decay=0.0)
+    folder, progress = begin_stage(cfg, name, [trained], optimizers)
+    if progress.get("sft", sft_hash) != sft_hash:
+        raise UserError(f"--resume: {folder} was started from another {cfg.out}/sft; leave out --resume")
+    start = progress.get("step", 0)
+    log = Log(f"{cfg.out}/{name}.jsonl", name, cfg.steps, start)
+    for step in range(start, cfg.steps):
+        set_lr(optimizers, get_lr(step, cfg.steps, warmup=20))
+        torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike
+        indices = torch.as_tensor(pick_pairs(pairs, cfg, step), device=device)
+        with autocast():
+            policy = score(model, *pair_batch(pairs, indices.tolist(), sequences, vocab, device), sequences)
+            rehearsal = response_loss(model, *rehearsal_batch(studies, cfg, vocab, step, device))
+        ratios = log_ratios(policy, reference, indices)
+        preference, terms, contrasts = objective_loss(ratios, {k: v[indices] for k, v in keep.items()}, cfg)
+        nll = -sum(policy[k].whole.sum() for k in CHOSEN) / sum(policy[k].tokens.sum() for k in CHOSEN)
+        loss = preference + cfg.sft_weight * nll + cfg.rehearsal_weight * rehearsal
+        grad_norm = take_step(loss, trained, optimizers, clip=1.0)
+
+        if step % cfg.log_every == 0 or step + 1 == cfg.steps:
+            logged = {"nll_loss": nll, "rehearsal_loss": rehearsal, **{f"loss_{k}": v for k, v in terms.items()},
+                      **{f"drift/{k}": ratios[k].whole.mean() for k in CHOSEN},
+                      **contrast_metrics(ratios, policy, contrasts, cfg)}
+            log(step, ("loss", *(f"rewards_{k}/margins" for k in contrasts)), loss=loss.detach(), grad_norm=grad_norm,
+                lr=optimizers[-1].param_groups[0]["lr"], **{k: v.detach() for k, v in logged.items()})
+        log.bar.update()
+        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
+            save_state(folder, step + 1, [trained], optimizers, flags=run_flags(cfg), sft=sft_hash)
+    log.close()
+    save_state(folder, cfg.steps, [trained], optimizers, flags=run_flags(cfg), sft=sft_hash)
+    save_tuned(folder, model, cfg, adapter)
+    vocab.save(folder)
+    finish_stage(cfg, name)
+    tqdm.write(f"wrote {cfg.out}/{name}")
+
+
+# ---------------------------------------------------------------------------------------------
+# For consultation: what some objectives and distortions ask of the SFT model
+# ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def key_region(record, model, vocab, vqgan, autocast):
+    """Where the report comes from: a mask (H, W), for records whose findings have none. Our choice:
+
+    the image is cut into 4x4 blocks, the codes of one after the other replaced by those of noise; the
+    region is the blocks that cost log π(report) at least half of what the costliest does. None if none costs."""
+    drowned = add_noise(record.image, np.random.default_rng(0), 1000)
+    codes, noise = encode_images([record.image, drowned], vqgan, autocast)
+    side, (h, w) = int(len(codes) ** 0.5), record.image.shape[:2]
+    blocks = lambda h, w: (np.arange(h)[:, None] * 4 // h) * 4 + np.arange(w) * 4 // w        # (h, w) of 0..15
+    hidden = [np.where(blocks(side, side).ravel() == b, noise, codes) for b in range(16)]
+    response = vocab.text_response(record.text)
+    examples = [(vocab.read_prompt(c, INSTRUCTIONS["report"][0]), response) for c in (codes, *hidden)]
+    with autocast():
+        logps = sequence_logps(model, *collate(examples, vocab.pad, model.device))
+    cost = (logps[0] - logps[1:]).cpu().numpy()
+    return np.isin(blocks(h, w), np.flatnonzero(cost >= cost.max() / 2)) if cost.max() > 0 else None
 
 
 def add_entropy(pairs, model, vocab, cfg, phrases):
@@ -371,7 +597,7 @@ def add_entropy(pairs, model, vocab, cfg, phrases):
     m = cfg.entropy_samples
     samples = [sample_reports(pairs, "own", model, vocab, cfg, cfg.seed + 1_000_003 * (j + 1)) for j in range(m)]
     for pair, texts in zip(pairs, zip(*samples)):
-        p = np.array(list(Counter(statement(t, phrases) for t in texts).values())) / m
+        p = np.array(list(Counter(statement_of(t, phrases) for t in texts).values())) / m
         pair.entropy = float((p * np.log(1 / p)).sum())
 
 
@@ -385,16 +611,15 @@ def add_proposals(pairs, records, model, vocab, vqgan, cfg):
             continue
         for pair, masks in batch:
             pair.structure = str(np.random.default_rng([cfg.seed, 10, pair.index]).choice(sorted(masks)))
-        drawn, codes = draw_masks(model, vocab, [p.codes for p, _ in batch for _ in range(k)],
-                                  [p.structure for p, _ in batch for _ in range(k)], vqgan, cfg.pair_temperature,
-                                  cfg.seed + start)
-        for (pair, masks), own, proposals in zip(batch, np.split(drawn, len(batch)), np.split(codes, len(batch))):
-            pair.proposals = proposals
-            agreement = [np.mean([dice(own[a], own[b]) for b in range(k) if b != a]) for a in range(k)]
-            pair.scores = np.array([agreement, [dice(a, masks[pair.structure]) for a in own]], np.float32)
+        drawn, codes = draw_masks(model, vocab, vqgan, [p.codes for p, _ in batch for _ in range(k)],
+                                  [p.structure for p, _ in batch for _ in range(k)], temperature=cfg.pair_temperature,
+                                  seed=cfg.seed + start)
+        for (pair, masks), proposed, pair.proposals in zip(batch, np.split(drawn, len(batch)), np.split(codes, len(batch))):
+            agreement = [np.mean([dice(proposed[a], proposed[b]) for b in range(k) if b != a]) for a in range(k)]
+            pair.scores = np.array([agreement, [dice(m, masks[pair.structure]) for m in proposed]], np.float32)
 
 
-def mine(scores, mining, noise, rng):
+def rank_proposals(scores, mining, noise, rng):
     """(chosen, rejected): two of the k proposals, by the comparisons of a judge who errs with probability `noise`.
 
     top-bottom: most against fewest wins among all comparisons; random: any two, compared once. Equal scores
@@ -409,34 +634,9 @@ def mine(scores, mining, noise, rng):
     return ranked[-1], ranked[0]
 
 
-def choose_rejected(pairs, cfg, phrases):
-    """Set each pair's wording, rejected report and masks as cfg wants them; which pairs count: {comparison: (n,) bool}.
-
-    Raises UserError where a comparison of the objective has no pair whose two sides differ."""
-    keep = {name: np.ones(len(pairs), bool) for name in OBJECTIVES[cfg.objective][1]}
-    flipped = np.random.default_rng([cfg.seed, 12]).random(len(pairs)) < cfg.flip_pairs
-    for i, pair in enumerate(pairs):
-        pair.wording = int(np.random.default_rng([cfg.seed, 6, i]).integers(3))
-        pair.rejected = pair.reports[cfg.rejected[i % len(cfg.rejected)]]
-        if "mask" in keep:
-            pair.masks = (pair.codes, pair.codes)              # a placeholder that `keep` leaves out
-            if pair.structure:
-                best, worst = mine(pair.scores[["agreement", "truth"].index(cfg.judge)], cfg.mining, cfg.judge_noise,
-                                   np.random.default_rng([cfg.seed, 11, i]))
-                pair.masks = (pair.proposals[best], pair.proposals[worst])
-            keep["mask"][i] = (pair.masks[0] != pair.masks[1]).any()        # |Ω| = 0 carries no signal
-        if flipped[i]:              # as in noisy data: NLL, anchor and drawing prompts follow the swapped labels
-            pair.chosen, pair.rejected, pair.masks = pair.rejected, pair.chosen, pair.masks[::-1]
-        for name, text in {"text": pair.rejected, **{b: pair.reports.get(w) for b, w in BIASED.items()}}.items():
-            if name in keep:
-                keep[name][i] = statement(text, phrases) != statement(pair.chosen, phrases)
-    counts = ", ".join(f"{name} {int(v.sum())}" for name, v in keep.items())
-    if not all(v.any() for v in keep.values()):
-        raise UserError(f"--objective {cfg.objective} finds no usable preference pair: of {len(pairs)}, chosen and rejected "
-                        f"differ in: {counts}; try another --rejected or --distort, or a --pair-temperature above 0")
-    if keep:
-        tqdm.write(f"of {len(pairs)} pairs chosen and rejected differ in: {counts}")
-    return keep
+# ---------------------------------------------------------------------------------------------
+# For consultation: pairs and models on disk, flags
+# ---------------------------------------------------------------------------------------------
 
 
 def read_pairs(folder):
@@ -472,239 +672,76 @@ def write_pairs(cfg, pairs, recipe):
     finish_stage(cfg, "pairs")
 
 
-def load_or_build_pairs(cfg, data, vqgan, model, vocab, device, autocast):
+def add_missing(pairs, cfg, records, phrases, model, vocab, vqgan):
+    """Add to pairs what the objective needs and they lack: reports, entropy, masks; whether anything was added.
+
+    Raises UserError where masks are needed and no record has any."""
+    contrasts = contrasts_of(cfg)
+    writers = {*cfg.rejected, "distorted", *(w for b, w in BIASED.items() if b in contrasts)} - pairs[0].reports.keys()
+    for writer in sorted(writers):
+        for pair, text in zip(pairs, sample_reports(pairs, writer, model, vocab, cfg, cfg.seed)):
+            pair.reports[writer] = text
+    needs_entropy = cfg.curriculum and pairs[0].entropy is None
+    if needs_entropy:
+        add_entropy(pairs, model, vocab, cfg, phrases)
+    needs_masks = "mask" in contrasts and not any(p.structure for p in pairs)
+    if needs_masks:
+        add_proposals(pairs, records, model, vocab, vqgan, cfg)
+        if not any(p.structure for p in pairs):
+            raise UserError(f"--objective {cfg.objective} compares masks, and no training record has any: add "
+                            "`masks` to the metadata, or take another objective")
+    return bool(writers) or needs_entropy or needs_masks
+
+
+def load_or_build_pairs(cfg, records, phrases, vqgan, model, vocab, autocast):
     """The pairs of this recipe, from out/pairs if it was made by the same one; what is missing there is added."""
-    folder, phrases = Path(cfg.out) / "pairs", lexicon(data["train"])
+    folder = Path(cfg.out) / "pairs"
     flags = ("seed", "records", "pairs", "candidates", "strength", "pair_temperature", "entropy_samples", "proposals")
     recipe = {k: getattr(cfg, k) for k in flags}
     recipe |= {"data": data_name(cfg), "distort": list(cfg.distort), "sft": weights_hash(model)}
     found = (folder / "config.json").exists() and json.loads((folder / "config.json").read_text()) == recipe
-    changed = not found
     if found:
         pairs = read_pairs(folder)
         tqdm.write(f"{len(pairs)} pairs from {folder}")
     else:
-        region = lambda record: key_region(record, model, vocab, vqgan, cfg.channels, device, autocast)
-        pairs = build_pairs(data["train"], cfg, vqgan, region, device, autocast)
-        if cfg.candidates > 1:                         # all in wording 0, until choose_rejected draws it
-            logps = reference_logps(model, pairs, ("text_distorted",), vocab, cfg, device, autocast)
-            pairs = least_noticed(pairs, logps["text_distorted"])
+        region = lambda record: key_region(record, model, vocab, vqgan, autocast)
+        pairs = build_pairs(records, cfg, vqgan, region, autocast)
+        if cfg.candidates > 1:                              # all in wording 0, until take_sides draws it
+            logps = reference_logps(model, pairs, ("text_distorted",), vocab, cfg, autocast)["text_distorted"]
+            pairs = least_noticed(pairs, logps.whole)
             tqdm.write(f"of these kept, the least noticed of each record: {count_kinds(pairs)}")
-    compared = OBJECTIVES[cfg.objective][1]
-    writers = {*cfg.rejected, "distorted", *(w for b, w in BIASED.items() if b in compared)} - pairs[0].reports.keys()
     with autocast():
-        for writer in sorted(writers):
-            for pair, text in zip(pairs, sample_reports(pairs, writer, model, vocab, cfg, cfg.seed)):
-                pair.reports[writer] = text
-            changed = True
-        if cfg.curriculum and pairs[0].entropy is None:
-            add_entropy(pairs, model, vocab, cfg, phrases)
-            changed = True
-        if "mask" in compared and not any(p.structure for p in pairs):
-            add_proposals(pairs, data["train"], model, vocab, vqgan, cfg)
-            changed = True
-            if not any(p.structure for p in pairs):
-                raise UserError(f"--objective {cfg.objective} compares masks, and no training record has any: add "
-                                "`masks` to the metadata, or take another objective")
-    if changed:
+        added = add_missing(pairs, cfg, records, phrases, model, vocab, vqgan)
+    if added or not found:
         write_pairs(cfg, pairs, recipe)
     return pairs
 
 
-# ---------------------------------------------------------------------------------------------
-# Pairs as sequences
-# ---------------------------------------------------------------------------------------------
-
-
-def pair_examples(pair, names, vocab):
-    """The named (prompt, response) sequences of a pair."""
-    asked = INSTRUCTIONS["report"][pair.wording]
-    genuine = vocab.understand(pair.codes, asked)
-    drawn = vocab.draw(INSTRUCTIONS["generate"][pair.wording].format(pair.chosen))
-    outlined = vocab.segment(pair.codes, pair.structure, pair.wording)
-    text, image = vocab.text_response, vocab.image_response
-    made = {"text_chosen": lambda: (genuine, text(pair.chosen)),
-            "text_rejected": lambda: (genuine, text(pair.rejected)),
-            "text_language": lambda: (genuine, text(pair.reports["no-image"])),
-            "text_vision": lambda: (genuine, text(pair.reports["no-question"])),
-            "text_distorted": lambda: (vocab.understand(pair.distorted, asked), text(pair.chosen)),
-            "image_chosen": lambda: (drawn, image(pair.codes)),
-            "image_rejected": lambda: (drawn, image(pair.distorted)),
-            "mask_chosen": lambda: (outlined, image(pair.masks[0])),
-            "mask_rejected": lambda: (outlined, image(pair.masks[1]))}
-    return [made[name]() for name in names]
-
-
-def pair_batch(pairs, indices, names, vocab, device):
-    """ids and labels (len(names)·B, T) of some pairs, one kind of sequence after the other."""
-    rows = [pair_examples(pairs[i], names, vocab) for i in indices]
-    return collate([row[k] for k in range(len(names)) for row in rows], vocab.pad, device)
-
-
-def score(model, ids, labels, names):
-    """log π and number of tokens of each named sequence: two dicts of (B,).
-
-    Where a batch holds two images or masks to compare, "NAME/Ω" is the sum over the codes in which they differ."""
-    logps = per_token_logps(model, ids, labels)
-    T = logps.size(1)
-    logps, counted = logps.view(len(names), -1, T), (labels[:, 1:] != -100).view(len(names), -1, T)
-    ids = ids[:, 1:].reshape(logps.shape)
-    sums, sizes = dict(zip(names, logps.sum(-1))), dict(zip(names, counted.sum(-1)))
-    for chosen, rejected in (COMPARISONS["image"], COMPARISONS["mask"]):
-        if rejected in names:
-            a, b = names.index(chosen), names.index(rejected)
-            differ = counted[a] & (ids[a] != ids[b])
-            for name, i in ((chosen, a), (rejected, b)):
-                sums[f"{name}/Ω"], sizes[f"{name}/Ω"] = (logps[i] * differ).sum(-1), differ.sum(-1)
-    return sums, sizes
-
-
-@torch.no_grad()
-def reference_logps(model, pairs, names, vocab, cfg, device, autocast):
-    """log π_ref of the named sequences of every pair, as `score` gives them, (n,) each; once, before the loop."""
-    chunks = []
-    for start in tqdm(range(0, len(pairs), cfg.batch_size), desc="reference", unit="batch", leave=False):
-        indices = range(start, min(start + cfg.batch_size, len(pairs)))
-        with autocast():
-            chunks.append(score(model, *pair_batch(pairs, indices, names, vocab, device), names)[0])
-    return {k: torch.cat([c[k] for c in chunks]) for k in chunks[0]}
-
-
-# ---------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------
-
-
 def load_sft(cfg, device):
     """The SFT model, its vocabulary and the image tokenizer of cfg.out, trained first if missing."""
-    folder, tokenizer = Path(cfg.out) / "sft", Path(cfg.out) / "vqgan"
-    if folder.exists() and not tokenizer.exists():
-        raise UserError(f"{folder} is there, the image tokenizer it was trained with, {tokenizer}, is not: bring it "
+    folder, vqgan_folder = Path(cfg.out) / "sft", Path(cfg.out) / "vqgan"
+    if folder.exists() and not vqgan_folder.exists():
+        raise UserError(f"{folder} is there, the image tokenizer it was trained with, {vqgan_folder}, is not: bring it "
                         "back, or remove both to train them again")
     if not folder.exists():
         tqdm.write(f"{folder} is missing: instruction tuning first")
-        sft_stage.train(pick(sft_stage.SFTConfig, cfg, **sft_stage.PRESETS[cfg.preset], resume=cfg.resume))
+        sft_stage.train(config_for(sft_stage.SFTConfig, cfg, **sft_stage.PRESETS[cfg.preset], resume=cfg.resume))
     vqgan = load_vqgan(cfg, device)
     model, vocab = load_gpt(folder, vqgan, device)
     check_data(model.config.data, cfg, folder)
     return model, vocab, vqgan
 
 
-def make_rehearsal(studies, cfg, vocab, step, device):
-    """A batch of questions, masks and emptied prompts from the training studies."""
-    rng = np.random.default_rng([cfg.seed, 7, step])
-    studies = [studies[i] for i in batch_indices(len(studies), cfg.rehearsal_size, step, cfg.seed)]
-    examples = [make_example(s, sft_stage.pick_task(s, REHEARSAL, rng), vocab, rng, empty_share=1.0) for s in studies]
-    return collate(examples, vocab.pad, device)
-
-
-def pick_pairs(pairs, cfg, step):
-    """Indices of a step's pairs; with --curriculum from the third of the pairs, easy to hard, whose turn it is."""
-    pool = np.arange(len(pairs))
-    if cfg.curriculum:
-        easy_first = np.argsort([p.entropy for p in pairs], kind="stable")
-        thirds = np.array_split(easy_first, min(3, len(pairs)))
-        pool = thirds[len(thirds) * step // cfg.steps]
-    return pool[batch_indices(len(pool), cfg.batch_size, step, cfg.seed)]
-
-
-def comparison_metrics(ratios, logps, margins, keep, cfg):
-    """TRL's log names for each comparison: rewards_text/margins, logps_image/chosen, …
-
-    Rewards are those of whole sequences, also where a margin is one a code of Ω (cfg.normalise)."""
-    result = {}
-    for name in OBJECTIVES[cfg.objective][1]:
-        chosen, rejected = COMPARISONS[name]
-        values = {f"rewards_{name}/chosen": cfg.beta * ratios[chosen],
-                  f"rewards_{name}/rejected": cfg.beta * ratios[rejected],
-                  f"rewards_{name}/margins": margins[name], f"rewards_{name}/accuracies": (margins[name] > 0).float(),
-                  f"logps_{name}/chosen": logps[chosen], f"logps_{name}/rejected": logps[rejected]}
-        result |= {k: masked_mean(v.detach(), keep[name]) for k, v in values.items()}
-    return result
-
-
 def check_flags(cfg):
-    """Raise UserError for a flag whose value makes no sense."""
-    for flag, known in (("distort", DISTORTIONS), ("rejected", WRITERS)):
-        if unknown := [k for k in getattr(cfg, flag) if k not in known]:
-            raise UserError(f"--{flag} {' '.join(unknown)} is unknown; there are: {', '.join(known)}")
-    if not 1 <= cfg.strength <= 1000:
-        raise UserError(f"--strength {cfg.strength} is a DDPM step: name a number from 1 to 1000")
-    for flag in ("flip_pairs", "judge_noise"):
-        if not 0 <= getattr(cfg, flag) <= 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(cfg, flag)} is a share: name a number from 0 to 1")
-    if not 0 < cfg.q_min <= cfg.q_max <= 1:
-        raise UserError(f"--q-min {cfg.q_min} and --q-max {cfg.q_max} must lie in this order above 0 and up to 1")
-    if cfg.objective == "rndpo" and cfg.proposals < 2:
-        raise UserError("--proposals 1 leaves nothing to compare: name 2 or more")
-    if cfg.name == "control" and cfg.objective != "sft":
+    """The name of the folder to write; raises UserError for flags that do not go together."""
+    name = cfg.name or ("control" if cfg.objective == "sft" else cfg.objective)
+    if cfg.q_min > cfg.q_max:
+        raise UserError(f"--q-min {cfg.q_min} is more than --q-max {cfg.q_max}: name them in this order")
+    if name == "control" and cfg.objective != "sft":
         raise UserError("--name control is what others are compared with: it goes with --objective sft; name another")
-    if cfg.name in ("vqgan", "sft", "pairs", "judge", "eval", "..") or Path(cfg.name).name != cfg.name \
-            or Path(cfg.name).suffix:
-        raise UserError(f"--name {cfg.name} is taken by another stage or is no plain name; name another")
-
-
-def train(cfg):
-    """Optimise the SFT model on preference pairs (or on their chosen sequences) and write out/NAME."""
-    check_flags(cfg)
-    name = cfg.name or ("control" if cfg.objective == "sft" else "dpo")
-    device, autocast = init_run(cfg)
-    model, vocab, vqgan = load_sft(cfg, device)
-    data = open_data(cfg)
-    pairs = load_or_build_pairs(cfg, data, vqgan, model, vocab, device, autocast)
-    keep_all = {k: torch.tensor(v, device=device).float()
-                for k, v in choose_rejected(pairs, cfg, lexicon(data["train"])).items()}
-    studies = encode_records([data["train"][int(i)] for i in spread(len(data["train"]), cfg.rehearsal_records)],
-                             vqgan, cfg.channels, cfg.seed, device, autocast, "encoding rehearsal")
-    studies = [s for s in studies if any(REHEARSAL[t] > 0 for t in s.tasks)]
-    names = sequences_of(cfg.objective)
-    # all that is needed of the reference, so no second model: from here on this one is the policy
-    reference, sft_hash = reference_logps(model, pairs, names, vocab, cfg, device, autocast), weights_hash(model)
-    if cfg.lora_rank:
-        add_lora(model, cfg, Path(cfg.out) / "sft")
-    model.train()
-    trained = trained_parameters(model)
-    optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, weight_decay=0.0)
-    folder, figures = begin_stage(cfg, name, [trained], optimizers)
-    if figures.get("sft", sft_hash) != sft_hash:
-        raise UserError(f"--resume: {folder} was started from another {cfg.out}/sft; leave out --resume")
-    start = figures.get("step", 0)
-    log = Log(f"{cfg.out}/{name}.jsonl", name, cfg.steps, start)
-    for step in range(start, cfg.steps):
-        set_lr(optimizers, get_lr(step, cfg.steps, warmup=20))
-        torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike
-        indices = pick_pairs(pairs, cfg, step)
-        at = torch.as_tensor(indices, device=device)
-        with autocast():
-            logps, sizes = score(model, *pair_batch(pairs, indices, names, vocab, device), names)
-            rehearsal = response_loss(model, *make_rehearsal(studies, cfg, vocab, step, device))
-        ratios = {k: v - reference[k][at] for k, v in logps.items()}
-        keep = {k: v[at] for k, v in keep_all.items()}
-        preference, terms, margins = objective_loss(ratios, sizes, keep, cfg)
-        nll = -sum(logps[k].sum() for k in CHOSEN) / sum(sizes[k].sum() for k in CHOSEN)
-        loss = preference + cfg.sft_weight * nll + cfg.rehearsal_weight * rehearsal
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-
-        if step % cfg.log_every == 0 or step + 1 == cfg.steps:
-            logged = {"nll_loss": nll, "rehearsal_loss": rehearsal, **{f"loss_{k}": v for k, v in terms.items()},
-                      **{f"drift/{k}": ratios[k].mean() for k in CHOSEN},
-                      **comparison_metrics(ratios, logps, margins, keep, cfg)}
-            log(step, ("loss", *(f"rewards_{k}/margins" for k in keep)), loss=loss.detach(), grad_norm=grad_norm,
-                lr=optimizers[-1].param_groups[0]["lr"], **{k: v.detach() for k, v in logged.items()})
-        log.bar.update()
-        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            save_state(folder, step + 1, [trained], optimizers, flags=run_flags(cfg), sft=sft_hash)
-    log.close()
-    save_state(folder, cfg.steps, [trained], optimizers, flags=run_flags(cfg), sft=sft_hash)
-    save_tuned(folder, model, cfg)
-    vocab.save(folder)
-    finish_stage(cfg, name)
-    tqdm.write(f"wrote {cfg.out}/{name}")
+    if name in ("vqgan", "sft", "pairs", "reader", "eval", "..") or Path(name).name != name or Path(name).suffix:
+        raise UserError(f"--name {name} is taken by another stage or is no plain name; name another")
+    return name
 
 
 def main(argv=None):

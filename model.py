@@ -4,12 +4,12 @@
     gpt = GPT.from_pretrained("out/sft")           # or any Qwen3 folder
     logits = gpt(ids)                              # (B, T) -> (B, T, V)
 
-Part 1 is the model: exactly Qwen3's arithmetic and parameter names (arXiv:2505.09388), so the folders
-written here open unchanged in `transformers`. RMSNorm before each sublayer, rotary positions (RoPE,
-arXiv:2104.09864), an RMSNorm on every query and key head, grouped-query attention (arXiv:2305.13245),
-SwiGLU (arXiv:2002.05202). Images and text are both just ids to it: data.py decides which is which.
-LoRA (arXiv:2106.09685) trains thin matrices beside the frozen ones and is written as PEFT writes it.
-Part 2 is plumbing: flags, device, learning rate, folders on disk, log. Read it when curious.
+Part 1 is the lesson, to be read in order: exactly Qwen3's arithmetic and parameter names (arXiv:2505.09388),
+so the folders written here open unchanged in `transformers`. RMSNorm before each sublayer, rotary positions
+(RoPE, arXiv:2104.09864), an RMSNorm on every query and key head, grouped-query attention (arXiv:2305.13245),
+SwiGLU (arXiv:2002.05202). Images and text are both just ids to it: sft.py decides which is which.
+Part 2 is for consultation: LoRA (arXiv:2106.09685), which trains thin matrices beside the frozen ones and is
+written as PEFT writes it; then plumbing: flags, device, learning rate, folders on disk, log.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------
-# Part 1: the model
+# Part 1, the lesson: the model
 # ---------------------------------------------------------------------------------------------
 
 
@@ -351,113 +351,8 @@ def generate(model, prompts, max_new_tokens, allowed, stop_id=None, temperature=
     return done
 
 
-class LoRALinear(nn.Module):
-    """W x + α/r · B A x (arXiv:2106.09685): W (out, in) is frozen, A (r, in) and B (out, r) are trained.
-
-    B starts at 0, so that at first nothing changes."""
-
-    def __init__(self, linear, rank, alpha, dropout):
-        super().__init__()
-        self.linear, self.scale, self.dropout = linear, alpha / rank, nn.Dropout(dropout)
-        device = linear.weight.device
-        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device=device)
-        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device=device)
-        nn.init.zeros_(self.lora_B.weight)
-
-    def forward(self, x):
-        return self.linear(x) + self.scale * self.lora_B(self.lora_A(self.dropout(x)))
-
-
-def add_lora(model, cfg, base, first_new=None):
-    """Freeze a GPT read from the folder `base`, and put adapters on the linear layers that cfg.lora_targets names.
-
-    Rows of embedding and head from id first_new on are trained too: nobody has taught them anything yet. (The whole
-    table is the parameter; gradients of old rows are set to 0.) Raises UserError for a target that does not exist."""
-    linears = [(parent, name, child) for block in model.model.layers for parent in (block.self_attn, block.mlp)
-               for name, child in parent.named_children() if isinstance(child, nn.Linear)]
-    known = dict.fromkeys(name for _, name, _ in linears)
-    if unknown := [t for t in cfg.lora_targets if t not in known]:
-        raise UserError(f"--lora-targets {' '.join(unknown)}: there is no such layer; there are: {', '.join(known)}")
-    if not cfg.lora_dropout < 1:
-        raise UserError(f"--lora-dropout {cfg.lora_dropout} leaves nothing: name a share below 1")
-    model.requires_grad_(False)
-    for parent, name, child in linears:
-        if name in cfg.lora_targets:
-            setattr(parent, name, LoRALinear(child, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout))
-    if first_new is not None:
-        old = torch.arange(first_new, device=model.device)
-        for table in model.tables().values():
-            table.weight.requires_grad_(True).register_hook(lambda grad: grad.index_fill(0, old, 0.0))
-    model.base = {"folder": str(Path(base).resolve()), "hash": folder_hash(base), "first_new": first_new}
-
-
-def merged_state(model):
-    """The state_dict of a plain GPT: every adapter is multiplied out and added to its matrix."""
-    state = model.state_dict()
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            W, A, B = (state.pop(f"{name}.{part}.weight") for part in ("linear", "lora_A", "lora_B"))
-            state[f"{name}.weight"] = W + module.scale * B @ A
-    return state
-
-
-def save_adapter(folder, model, cfg):
-    """Write what add_lora lets train, in PEFT's format and names, beside the config.json of the whole model."""
-    state = {k: v for k, v in model.state_dict().items() if ".lora_" in k}
-    new, first = {}, model.base["first_new"]
-    if first is not None:
-        for name, table in model.tables().items():
-            state[f"{name}.token_adapter.trainable_tokens_delta"] = table.weight[first:]  # PEFT's name; it holds whole rows
-            new[name.split(".")[-1]] = list(range(first, len(table.weight)))
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.base["folder"],
-              "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "lora_dropout": cfg.lora_dropout, "bias": "none",
-              "target_modules": list(cfg.lora_targets), "trainable_token_indices": new or None, "inference_mode": True}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.json", json.dumps(model.config_json(), indent=2) + "\n")
-    write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-    write_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in state.items()},
-                  {"format": "pt", "base": model.base["hash"]})
-
-
-def save_tuned(folder, model, cfg):
-    """Write a fine-tuned GPT: the whole model, or with LoRA only what was trained, unless --lora-merge is given."""
-    if cfg.lora_rank and not cfg.lora_merge:
-        save_adapter(folder, model, cfg)
-    else:
-        model.save_pretrained(folder)
-
-
-def load_adapter(folder):
-    """The GPT of a folder that save_adapter wrote: its base, with new rows appended and adapters merged in.
-
-    The base is looked for where it was, then beside the adapter. Raises UserError if it is gone or another one now."""
-    folder = Path(folder)
-    try:
-        config, whole = (json.loads((folder / f).read_text()) for f in ("adapter_config.json", "config.json"))
-        tensors = {k.removeprefix("base_model.model."): v for k, v in read_tensors(folder / "adapter_model.safetensors").items()}
-        with safe_open(folder / "adapter_model.safetensors", "pt") as f:
-            base_hash = f.metadata()["base"]
-        base, scale = Path(config["base_model_name_or_path"]), config["lora_alpha"] / config["r"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder} holds no adapter that was written here ({error}); train it again")
-    beside = folder.parent / base.name                       # the two may have been moved together
-    found = [f for f in (base, beside) if f.is_dir() and folder_hash(f) == base_hash]
-    if not found:
-        raise UserError(f"{folder} was trained over {base}, which is gone or another model now: bring that back, or train "
-                        "the adapter again")
-    state = GPT.from_pretrained(found[0]).state_dict()
-    for name, tensor in tensors.items():
-        if name.endswith(".lora_A.weight"):
-            state[name.replace(".lora_A", "")] += scale * tensors[name.replace(".lora_A", ".lora_B")] @ tensor
-        elif name.endswith(".token_adapter.trainable_tokens_delta"):
-            table = name.replace("token_adapter.trainable_tokens_delta", "weight")
-            state[table] = torch.cat([state[table][:whole["vocab_size"] - len(tensor)], tensor])
-    return load_weights(GPT(make_config(GPTConfig, whole, folder)), state, folder)
-
-
 # ---------------------------------------------------------------------------------------------
-# Part 2: plumbing
+# Part 2, for consultation: errors and flags
 # ---------------------------------------------------------------------------------------------
 
 
@@ -477,9 +372,11 @@ def run(main):
         sys.exit(130)
 
 
-def arg(default, help, **options):
-    """A dataclass field that `cli` turns into a flag with this line of help."""
-    return dataclasses.field(default=default, metadata={"help": help, **options})
+def arg(default, help, least=None, most=None, **options):
+    """A dataclass field that `cli` turns into a flag with this line of help.
+
+    A number lies in least..most; unless told otherwise whole numbers are at least 1, fractions at least 0."""
+    return dataclasses.field(default=default, metadata={"help": help, "least": least, "most": most, **options})
 
 
 @dataclass
@@ -490,8 +387,9 @@ class RunConfig:
                       choices=("tiny", "small", "base"))
     data: str = arg("", "folder of images and texts (ImageFolder metadata, ROCOv2 or LLaVA); empty: drawn phantoms")
     out: str = arg("out", "folder for everything that is written")
-    seed: int = arg(0, "draws data, weights, batches and samples")
-    bias: float = arg(0.9, "phantoms: probability that a training finding brings its companion (0: no language bias)")
+    seed: int = arg(0, "draws data, weights, batches and samples", least=0)
+    bias: float = arg(0.9, "phantoms: probability that a training finding brings its companion (0: no language bias)",
+                      most=1)
     records: int = arg(16000, "phantoms: training records")
     image_size: int = arg(64, "height and width of every image, in pixels; a multiple of 8 (base: of 16)")
     channels: int = arg(1, "1: gray, 3: RGB", choices=(1, 3))
@@ -500,14 +398,18 @@ class RunConfig:
                      choices=("auto", "bfloat16", "float32"))
 
 
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 @dataclass
 class TuneConfig(RunConfig):
     """Flags of the stages that train a GPT."""
 
-    lora_rank: int = arg(0, "rank r of LoRA's adapters; 0: train every weight")
+    lora_rank: int = arg(0, "rank r of LoRA's adapters; 0: train every weight", least=0)
     lora_alpha: float = arg(16.0, "what adapters add counts alpha/r")
-    lora_dropout: float = arg(0.0, "share of an adapter's inputs that training drops")
-    lora_targets: tuple = arg(("q_proj", "v_proj"), "linear layers that get an adapter, in every block")
+    lora_dropout: float = arg(0.0, "share of an adapter's inputs that training drops", most=0.99)
+    lora_targets: tuple = arg(("q_proj", "v_proj"), "linear layers that get an adapter, in every block: "
+                              + " ".join(LINEARS), choices=LINEARS)
     lora_merge: bool = arg(False, "write the whole model, adapters merged in, instead of the adapters alone")
 
 
@@ -531,16 +433,16 @@ def cli(Config, presets, argv=None, doc=None, choice=None):
     parser = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
         flag, options = "--" + f.name.replace("_", "-"), dict(f.metadata)
+        least, most = options.pop("least"), options.pop("most")
         if options.pop("positional", False):
             parser.add_argument(f.name, nargs="*", help=options["help"])
             continue
         if f.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif f.type is tuple:
-            options |= dict(nargs="+", type=type(f.default[0]))
-        else:
-            counts = f.type is int and f.default and f.name != "disc_start"      # steps, sizes: at least 1
-            options["type"] = str if f.type is str else at_least(f.type, 1 if counts else 0)
+            options |= dict(nargs="+", type=type(f.default[0]), metavar=f.name.upper())
+        elif f.type is not str:
+            options["type"] = number_between(f.type, (1 if f.type is int else 0) if least is None else least, most)
         parser.add_argument(flag, default=argparse.SUPPRESS, **options | {
             "help": f"{options['help']} (default: {show_default(f.default)})"})
     given = vars(parser.parse_args(argv))
@@ -550,13 +452,14 @@ def cli(Config, presets, argv=None, doc=None, choice=None):
     return Config(**{**SHARED_PRESETS[preset], **presets[preset], **defaults.get(chosen, {}), **given})
 
 
-def at_least(kind, least):
-    """A parser of numbers for argparse, which turns its ValueError into a sentence about the flag."""
+def number_between(kind, least, most):
+    """A parser of finite numbers for argparse, which names the flag before what is said here."""
     def parse(text):
-        if not kind(text) >= least:
-            raise ValueError(text)
-        return kind(text)
-    parse.__name__ = f"number (at least {least})"
+        value = kind(text)
+        if not (math.isfinite(value) and least <= value and (most is None or value <= most)):
+            raise argparse.ArgumentTypeError(f"{text} is no number of {least}" + (" or more" if most is None else f" to {most}"))
+        return value
+    parse.__name__ = {int: "whole number", float: "number"}[kind]
     return parse
 
 
@@ -565,7 +468,7 @@ def show_default(value):
     return " ".join(map(str, value)) if isinstance(value, tuple) else repr(value) if value == "" else value
 
 
-def pick(Config, cfg, **changes):
+def config_for(Config, cfg, **changes):
     """A Config for the stage before, with RunConfig's fields of cfg; `changes` override them."""
     shared = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(RunConfig)}
     return Config(**{**shared, **changes})
@@ -592,6 +495,12 @@ def init_run(cfg):
     return device, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
+
+# ---------------------------------------------------------------------------------------------
+# Optimizers, learning rate, batches
+# ---------------------------------------------------------------------------------------------
+
+
 def make_optimizers(model, lr, muon_lr, weight_decay):
     """Muon (Keller Jordan, 2024; torch.optim.Muon) for matrices inside blocks, AdamW for the rest.
 
@@ -603,6 +512,17 @@ def make_optimizers(model, lr, muon_lr, weight_decay):
             (inner if p.dim() == 2 and ".layers." in name and ".lora_" not in name else outer).append(p)
     muon = [torch.optim.Muon(inner, lr=muon_lr, weight_decay=weight_decay)] if inner else []
     return [*muon, torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def take_step(loss, parameters, optimizers, clip=math.inf):
+    """One step of the optimizers down the loss's gradient, cut to a norm of `clip`; returns its norm before that."""
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(parameters, clip)
+    for optimizer in optimizers:
+        optimizer.step()
+    return grad_norm
 
 
 def get_lr(step, steps, warmup, floor=0.05):
@@ -626,6 +546,12 @@ def batch_indices(n, batch_size, step, seed):
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     order = {e: np.random.default_rng([seed, int(e)]).permutation(n) for e in np.unique(positions // n)}
     return np.array([order[p // n][p % n] for p in positions])
+
+
+
+# ---------------------------------------------------------------------------------------------
+# Folders of models on disk
+# ---------------------------------------------------------------------------------------------
 
 
 def save_folder(folder, config, tensors):
@@ -714,6 +640,12 @@ def folder_hash(folder):
     return digest.hexdigest()[:12]
 
 
+
+# ---------------------------------------------------------------------------------------------
+# States, stages and logs: what lets a killed run go on
+# ---------------------------------------------------------------------------------------------
+
+
 def run_flags(cfg):
     """The flags that a continuation must share with the run it continues, as JSON gives them back."""
     free = ("out", "device", "resume", "steps", "log_every", "save_every", "name")
@@ -725,33 +657,33 @@ def trained_parameters(model):
     return nn.ParameterList(p for p in model.parameters() if p.requires_grad)
 
 
-def save_state(folder, step, models, optimizers, **figures):
-    """Everything a continuation needs, in folder/state.safetensors: weights, optimizers, step, figures."""
+def save_state(folder, step, models, optimizers, **progress):
+    """Everything a continuation needs, in folder/state.safetensors: weights, optimizers, step, and what else is said."""
     tensors = {f"model.{i}.{k}": v for i, m in enumerate(models) for k, v in m.state_dict().items()}
     for i, optimizer in enumerate(optimizers):
         for j, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{j}.{k}": torch.as_tensor(v) for k, v in state.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write_tensors(Path(folder) / "state.safetensors", tensors, {"figures": json.dumps({"step": step, **figures})})
+    write_tensors(Path(folder) / "state.safetensors", tensors, {"progress": json.dumps({"step": step, **progress})})
 
 
-def read_figures(folder):
+def read_progress(folder):
     """What save_state was told beside the tensors: step, flags and so on."""
     with safe_open(Path(folder) / "state.safetensors", "pt") as f:
-        return json.loads(f.metadata()["figures"])
+        return json.loads(f.metadata()["progress"])
 
 
-def other_flags(figures, cfg):
-    """The flags, as one types them, that had other values in a run whose figures are saved."""
+def other_flags(progress, cfg):
+    """The flags, as one types them, that had other values in a run whose progress is saved."""
     flags = run_flags(cfg)
-    return [f"--{k.replace('_', '-')}" for k, v in figures.get("flags", {}).items() if flags.get(k) != v]
+    return [f"--{k.replace('_', '-')}" for k, v in progress.get("flags", {}).items() if flags.get(k) != v]
 
 
 def load_state(folder, models, optimizers):
-    """Restore what save_state wrote; returns its step and figures as a dict."""
+    """Restore what save_state wrote; returns its progress, the step among it, as a dict."""
     path = Path(folder) / "state.safetensors"
     try:
-        tensors, figures = read_tensors(path), read_figures(folder)
+        tensors, progress = read_tensors(path), read_progress(folder)
         for i, model in enumerate(models):
             prefix = f"model.{i}."
             model.load_state_dict({k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)})
@@ -766,26 +698,26 @@ def load_state(folder, models, optimizers):
             if kind == "optimizer" and int(a) == i:
                 whole["state"].setdefault(int(rest[0]), {})[rest[1]] = value
         optimizer.load_state_dict(whole)
-    return figures
+    return progress
 
 
 def begin_stage(cfg, name, models, optimizers):
-    """Where a stage writes and where it starts: (unfinished folder, figures of the state resumed or {}).
+    """Where a stage writes and where it starts: (unfinished folder, progress of the state resumed or {}).
 
     A stage works in out/NAME.partial and renames it to out/NAME when it is whole (`finish_stage`)."""
     final, partial = Path(cfg.out) / name, Path(cfg.out) / f"{name}.partial"
     source = next((f for f in (partial, final) if (f / "state.safetensors").exists()), None)
     if cfg.resume and source:
-        figures = load_state(source, models, optimizers)
-        if other := other_flags(figures, cfg):
+        progress = load_state(source, models, optimizers)
+        if other := other_flags(progress, cfg):
             raise UserError(f"--resume: {source} was started with other values of {', '.join(other)}; use those, "
                             "or leave out --resume")
-        if figures["step"] > cfg.steps:
-            raise UserError(f"--resume: {source} has {figures['step']} steps behind it, --steps {cfg.steps} is less; "
+        if progress["step"] > cfg.steps:
+            raise UserError(f"--resume: {source} has {progress['step']} steps behind it, --steps {cfg.steps} is less; "
                             "name more, or leave out --resume")
         if source == final:
             shutil.copytree(final, partial, dirs_exist_ok=True)
-        return partial, figures
+        return partial, progress
     if cfg.resume:
         tqdm.write(f"{final}: no saved step to resume from, starting at 0")
     elif (partial / "state.safetensors").exists():
@@ -834,3 +766,118 @@ class Log:
 
     def close(self):
         self.bar.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# LoRA
+# ---------------------------------------------------------------------------------------------
+
+
+class LoRALinear(nn.Module):
+    """W x + α/r · B A x (arXiv:2106.09685): W (out, in) is frozen, A (r, in) and B (out, r) are trained.
+
+    B starts at 0, so that at first nothing changes."""
+
+    def __init__(self, linear, rank, alpha, dropout):
+        super().__init__()
+        self.linear, self.scale, self.dropout = linear, alpha / rank, nn.Dropout(dropout)
+        device = linear.weight.device
+        self.lora_A = nn.Linear(linear.in_features, rank, bias=False, device=device)
+        self.lora_B = nn.Linear(rank, linear.out_features, bias=False, device=device)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * self.lora_B(self.lora_A(self.dropout(x)))
+
+
+@dataclass
+class Adapter:
+    """What a model's adapters belong to: the folder of the base model, the hash of its weights, and the first row of
+    its tables that nobody has taught yet (None: all are taught)."""
+
+    folder: str
+    hash: str
+    first_new: int | None
+
+
+def add_lora(model, cfg, base, first_new=None):
+    """Freeze a GPT read from the folder `base`, and put adapters on the linear layers that cfg.lora_targets names.
+
+    Rows of embedding and head from id first_new on are trained too: nobody has taught them anything yet. (The whole
+    table is the parameter; gradients of old rows are set to 0.) Returns the Adapter that save_tuned asks for."""
+    model.requires_grad_(False)
+    for block in model.model.layers:
+        for parent in (block.self_attn, block.mlp):
+            for name, child in list(parent.named_children()):
+                if name in cfg.lora_targets:
+                    setattr(parent, name, LoRALinear(child, cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout))
+    if first_new is not None:
+        old = torch.arange(first_new, device=model.device)
+        for table in model.tables().values():
+            table.weight.requires_grad_(True).register_hook(lambda grad: grad.index_fill(0, old, 0.0))
+    return Adapter(str(Path(base).resolve()), folder_hash(base), first_new)
+
+
+def merged_state(model):
+    """The state_dict of a plain GPT: every adapter is multiplied out and added to its matrix."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            W, A, B = (state.pop(f"{name}.{part}.weight") for part in ("linear", "lora_A", "lora_B"))
+            state[f"{name}.weight"] = W + module.scale * B @ A
+    return state
+
+
+def save_adapter(folder, model, cfg, adapter):
+    """Write what add_lora lets train, in PEFT's format and names, beside the config.json of the whole model."""
+    state = {k: v for k, v in model.state_dict().items() if ".lora_" in k}
+    new, first = {}, adapter.first_new
+    if first is not None:
+        for name, table in model.tables().items():
+            state[f"{name}.token_adapter.trainable_tokens_delta"] = table.weight[first:]  # PEFT's name; it holds whole rows
+            new[name.split(".")[-1]] = list(range(first, len(table.weight)))
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": adapter.folder,
+              "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "lora_dropout": cfg.lora_dropout, "bias": "none",
+              "target_modules": list(cfg.lora_targets), "trainable_token_indices": new or None, "inference_mode": True}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.json", json.dumps(model.config_json(), indent=2) + "\n")
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    write_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in state.items()},
+                  {"format": "pt", "base": adapter.hash})
+
+
+def save_tuned(folder, model, cfg, adapter=None):
+    """Write a fine-tuned GPT: the whole model, or of one with adapters only these, unless --lora-merge is given."""
+    if adapter and not cfg.lora_merge:
+        save_adapter(folder, model, cfg, adapter)
+    else:
+        model.save_pretrained(folder)
+
+
+def load_adapter(folder):
+    """The GPT of a folder that save_adapter wrote: its base, with new rows appended and adapters merged in.
+
+    The base is looked for where it was, then beside the adapter. Raises UserError if it is gone or another one now."""
+    folder = Path(folder)
+    try:
+        config, whole = (json.loads((folder / f).read_text()) for f in ("adapter_config.json", "config.json"))
+        tensors = {k.removeprefix("base_model.model."): v for k, v in read_tensors(folder / "adapter_model.safetensors").items()}
+        with safe_open(folder / "adapter_model.safetensors", "pt") as f:
+            base_hash = f.metadata()["base"]
+        base, scale = Path(config["base_model_name_or_path"]), config["lora_alpha"] / config["r"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{folder} holds no adapter that was written here ({error}); train it again")
+    beside = folder.parent / base.name                       # the two may have been moved together
+    found = [f for f in (base, beside) if f.is_dir() and folder_hash(f) == base_hash]
+    if not found:
+        raise UserError(f"{folder} was trained over {base}, which is gone or another model now: bring that back, or train "
+                        "the adapter again")
+    state = GPT.from_pretrained(found[0]).state_dict()
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            state[name.replace(".lora_A", "")] += scale * tensors[name.replace(".lora_A", ".lora_B")] @ tensor
+        elif name.endswith(".token_adapter.trainable_tokens_delta"):
+            table = name.replace("token_adapter.trainable_tokens_delta", "weight")
+            state[table] = torch.cat([state[table][:whole["vocab_size"] - len(tensor)], tensor])
+    return load_weights(GPT(make_config(GPTConfig, whole, folder)), state, folder)

@@ -4,29 +4,34 @@
     python sft.py --bias 0                 # phantoms without language bias
     python sft.py --init QWEN3_DIR --lora-rank 8      # teach an existing language model to see and draw
 
-All four tasks are the same next-token problem; only response tokens count. A tenth of the generation
-prompts are emptied, so that guidance has an unconditional model to lean on (arXiv:2207.12598).
+Images and text share one vocabulary, so all four tasks are the same next-token problem; only response tokens
+count. A tenth of the generation prompts are emptied, so that guidance has an unconditional model to lean on
+(arXiv:2207.12598).
+
+The lesson, in order: the joint vocabulary and the prompts of the tasks; the four ways to use a model; examples
+and batches; training. For consultation: loading what is on disk, --init.
 
 A healthy log: loss falls from about log(V) = 7.2 to under 2 (image codes hold most of what remains);
 val/f1, the finding F1 of greedy reports on held-out records, climbs late and then steeply. The checkpoint
 with the best val/f1 is kept, not the one with the lowest val/loss, which turns much earlier.
 """
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-import vqgan as tokenizer_stage
-from data import (INSTRUCTIONS, MAX_TEXT, Vocabulary, all_texts, collate, data_name, encode_records, image_source, lexicon,
-                  make_example, match_findings, open_data, read_findings)
-from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, cli, finish_stage,
-                   folder_hash, generate, get_lr, init_run, make_optimizers, per_token_logps, pick, run, run_flags, save_state,
-                   save_tuned, sequence_logps, set_lr, trained_parameters, weights_hash)
-from vqgan import VQGAN
+import vqgan as vqgan_stage
+from data import data_name, image_source, lexicon, match_findings, open_data, read_findings
+from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, cli, config_for,
+                   finish_stage, folder_hash, generate, get_lr, init_run, make_optimizers, per_token_logps, run, run_flags,
+                   save_state, save_tuned, sequence_logps, set_lr, take_step, trained_parameters, weights_hash)
+from vqgan import VQGAN, encode_images
 
 
 @dataclass
@@ -43,10 +48,10 @@ class SFTConfig(TuneConfig):
     generate_share: float = arg(0.40, "share of sequences: report -> image")
     ask_share: float = arg(0.18, "share of sequences: image and question -> answer")
     segment_share: float = arg(0.12, "share of sequences: image and structure -> mask")
-    empty_share: float = arg(0.1, "share of generation prompts that are emptied, for guidance")
+    empty_share: float = arg(0.1, "share of generation prompts that are emptied, for guidance", most=1)
     val_every: int = arg(260, "steps between validations")
     val_records: int = arg(256, "held-out records in a validation")
-    text_vocab: int = arg(800, "text tokens, the 256 bytes among them")
+    text_vocab: int = arg(800, "text tokens, the 256 bytes and 5 special ones among them", least=261)
     log_every: int = arg(20, "steps between log lines")
     resume: bool = arg(False, "go on from the last saved state")
 
@@ -57,79 +62,224 @@ SHAPES = {"tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=
           "small": {},
           "base": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8,
                        num_key_value_heads=4)}
+
+
+# ---------------------------------------------------------------------------------------------
+# The lesson: the joint vocabulary and the prompts of the four tasks
+# ---------------------------------------------------------------------------------------------
+
 TASKS = ("report", "generate", "ask", "segment")
+INSTRUCTIONS = {"report": ("Write the report.", "Describe this image.", "What does this image show?"),
+                "generate": ("Draw this: {}", "Generate an image: {}", "Image of: {}"),
+                "segment": ("Segment the {}.", "Outline the {}.", "Where is the {}?")}
+SPECIALS = ("<eos>", "</image>", "<image>", "<bos>", "<pad>")
+MAX_TEXT = 128         # tokens of one report, question or answer; longer ones are cut
 
 
-def load_vqgan(cfg, device, init=""):
-    """The image tokenizer of cfg.out; if it is missing, the one beside the folder `init`, else trained first."""
-    folder = Path(cfg.out) / "vqgan"
-    if init and not folder.exists() and (Path(init).parent / "vqgan").exists():
-        shutil.copytree(Path(init).parent / "vqgan", Path(cfg.out) / "vqgan.partial", dirs_exist_ok=True)
-        finish_stage(cfg, "vqgan")
-    if not folder.exists():
-        tqdm.write(f"{folder} is missing: training the image tokenizer first")
-        tokenizer_stage.train(pick(tokenizer_stage.VQGANTrainConfig, cfg, **tokenizer_stage.PRESETS[cfg.preset],
-                                   resume=cfg.resume))
-    vqgan = VQGAN.from_pretrained(folder, device)
-    if (vqgan.config.image_size, vqgan.config.channels) != (cfg.image_size, cfg.channels):
-        raise UserError(f"{folder} was trained for {vqgan.config.image_size} pixels and {vqgan.config.channels} "
-                        f"channel(s), not {cfg.image_size} and {cfg.channels}: use its flags, or another --out")
-    return vqgan
+class Vocabulary:
+    """One id space: text (byte-level BPE, or a tokenizer learned elsewhere), the five SPECIALS, one id an image code.
+
+    Text and <eos> are neighbours, so that a response in words is drawn from one range of ids (text_range) and a
+    response in pixels from another (image_range)."""
+
+    def __init__(self, tokenizer, codebook_size):
+        self.tokenizer, self.codebook_size = tokenizer, codebook_size
+        # a caption that says "<image>" means those letters, never the special token
+        tokenizer.encode_special_tokens = True
+        self.eos, self.eoi, self.boi, self.bos, self.pad = (tokenizer.token_to_id(s) for s in SPECIALS)
+        self.image_start = tokenizer.token_to_id("<img_0>")
+        self.size = self.image_start + codebook_size
+        self.text_range, self.image_range = (0, self.eos + 1), (self.image_start, self.size)
+        self.has_cut = False
+
+    @classmethod
+    def train(cls, texts, codebook_size, text_size=800):
+        """Learn text_size tokens of text, SPECIALS among them, from an iterable of strings; add one an image code."""
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=text_size - len(SPECIALS), show_progress=False, min_frequency=2,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+        return cls.append(tokenizer, codebook_size)
+
+    @classmethod
+    def append(cls, tokenizer, codebook_size):
+        """A tokenizer of text, with our specials and the image codes after its own tokens."""
+        new = [*SPECIALS, *(f"<img_{i}>" for i in range(codebook_size))]
+        tokenizer.add_special_tokens([AddedToken(s, special=True) for s in new])
+        return cls(tokenizer, codebook_size)
+
+    def encode_text(self, text):
+        """Text to ids, at most MAX_TEXT of them; says once when it cuts."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if len(ids) > MAX_TEXT and not self.has_cut:
+            self.has_cut = True
+            tqdm.write(f"a text of {len(ids)} tokens was cut to {MAX_TEXT}, and so will be others: {text[:60]!r}…")
+        return ids[:MAX_TEXT]
+
+    def decode_text(self, ids):
+        """Ids to text, specials and image codes left out."""
+        return self.tokenizer.decode([i for i in ids if i < self.eos]).strip()
+
+    def codes_to_ids(self, codes):
+        """Image codes to ids."""
+        return [int(c) + self.image_start for c in codes]
+
+    def ids_to_codes(self, ids):
+        """Ids of an image back to codes."""
+        return [i - self.image_start for i in ids]
+
+    def read_prompt(self, codes, words):
+        """Prompt of report and ask: <bos> <image> codes </image> words."""
+        return [self.bos, self.boi, *self.codes_to_ids(codes), self.eoi, *self.encode_text(words)]
+
+    def draw_prompt(self, words):
+        """Prompt of generate: <bos> words <image>; without words the unconditional prompt of guidance."""
+        return [self.bos, *self.encode_text(words), self.boi]
+
+    def segment_prompt(self, codes, structure, wording=0):
+        """Prompt of segment: the image, the structure's name, then the mask's <image>."""
+        return [*self.read_prompt(codes, INSTRUCTIONS["segment"][wording].format(structure)), self.boi]
+
+    def text_response(self, text):
+        """A response in words: its tokens and <eos>."""
+        return [*self.encode_text(text), self.eos]
+
+    def image_response(self, codes):
+        """A response in pixels: codes and </image>."""
+        return [*self.codes_to_ids(codes), self.eoi]
+
+    def save(self, folder):
+        """Write tokenizer.json and the few names that transformers' AutoTokenizer asks for."""
+        self.tokenizer.save(str(Path(folder) / "tokenizer.json"))
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps({
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>",
+            "pad_token": "<pad>", "clean_up_tokenization_spaces": False}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder):
+        """Read what save wrote. Raises UserError."""
+        tokenizer = read_tokenizer(folder)
+        if tokenizer.token_to_id("<img_0>") is None:
+            raise UserError(f"{folder}/tokenizer.json has no image tokens; name a folder that `python sft.py` wrote")
+        return cls(tokenizer, tokenizer.get_vocab_size() - tokenizer.token_to_id("<img_0>"))
 
 
-def load_gpt(folder, vqgan, device):
-    """A GPT folder and its vocabulary. Raises UserError if it was trained with another image tokenizer."""
-    model, vocab = GPT.from_pretrained(folder, device), Vocabulary.load(folder)
-    check_tokenizer(model, vqgan, folder)
-    return model, vocab
+# ---------------------------------------------------------------------------------------------
+# The lesson: four ways to use a model. Images come and go as codes, n rows of (N,); options are generate's.
+# ---------------------------------------------------------------------------------------------
 
 
-def check_tokenizer(model, vqgan, folder):
-    """Raise UserError if the model in `folder` was trained with another image tokenizer."""
-    if model.config.vqgan_hash != weights_hash(vqgan):
-        raise UserError(f"{folder} was trained with another image tokenizer than the one in --out; "
-                        "train it again, or bring back the tokenizer")
+def sample_words(model, vocab, prompts, temperature=0.0, seed=0, **options):
+    """Continue prompts in words: n lists of ids to n strings."""
+    rows = generate(model, prompts, MAX_TEXT, vocab.text_range, vocab.eos, temperature, seed=seed, **options)
+    return [vocab.decode_text(row) for row in rows]
 
 
-def load_init(cfg, vqgan, device):
-    """Model and vocabulary of --init: ours as they are, any other Qwen3's with our tokens appended.
-
-    With --lora-rank, adapters are added to the model. Raises UserError where tokenizer and model, or model and image
-    tokenizer, do not fit."""
-    if Path(cfg.out).resolve() in Path(cfg.init).resolve().parents:
-        raise UserError(f"--init {cfg.init} lies in --out {cfg.out}, where this run would write over it or over its base: "
-                        "name another --out")
-    model, first_new = GPT.from_pretrained(cfg.init, device), None
-    if model.config.image_token_start is not None:
-        check_tokenizer(model, vqgan, cfg.init)
-        vocab = Vocabulary.load(cfg.init)
-    else:
-        vocab = Vocabulary.extend(cfg.init, vqgan.config.codebook_size)
-        first_new = vocab.eos                                # the first token that extend() appends
-        if first_new > model.config.vocab_size:
-            raise UserError(f"{cfg.init}/tokenizer.json has {first_new} tokens, the embedding only "
-                            f"{model.config.vocab_size} rows: the two do not belong together")
-        model.grow(first_new, vocab.size)
-    if cfg.lora_rank:
-        add_lora(model, cfg, cfg.init, first_new)
-    return model, vocab
+def sample_codes(model, vocab, prompts, n_codes, temperature=0.0, seed=0, **options):
+    """Continue prompts in pixels: n lists of ids to image codes (n, n_codes), long."""
+    rows = generate(model, prompts, n_codes, vocab.image_range, temperature=temperature, seed=seed, **options)
+    return torch.tensor([vocab.ids_to_codes(row) for row in rows], device=model.device)
 
 
-def make_model(cfg, vqgan, records, device):
-    """The GPT to train and its vocabulary: --init's, or random weights and a vocabulary of the records' texts."""
-    torch.manual_seed(cfg.seed)
-    if cfg.init:
-        model, vocab = load_init(cfg, vqgan, device)
-    else:
-        vocab = Vocabulary.train(all_texts(records), vqgan.config.codebook_size, cfg.text_vocab)
-        model = GPT(GPTConfig(vocab.size, **SHAPES[cfg.preset])).to(device)
-    # the longest prompt with its response: two images, an instruction and a text
-    longest = 2 * vqgan.config.grid ** 2 + 2 * MAX_TEXT
-    vars(model.config).update(
-        max_position_embeddings=max(longest, model.config.max_position_embeddings), pad_token_id=vocab.pad,
-        bos_token_id=vocab.bos, eos_token_id=vocab.eos, image_token_start=vocab.image_start,
-        vqgan_hash=weights_hash(vqgan), data=data_name(cfg))
-    return model.train(), vocab
+def write_reports(model, vocab, codes, **options):
+    """Image -> report: n strings."""
+    return sample_words(model, vocab, [vocab.read_prompt(c, INSTRUCTIONS["report"][0]) for c in codes], **options)
+
+
+def write_answers(model, vocab, codes, questions, **options):
+    """Image and question -> answer, one question an image: n strings."""
+    return sample_words(model, vocab, [vocab.read_prompt(c, q) for c, q in zip(codes, questions)], **options)
+
+
+def draw_masks(model, vocab, vqgan, codes, structures, **options):
+    """Image and structure -> mask, one structure an image: masks (n, H, W), bool, and the codes drawn (n, N)."""
+    prompts = [vocab.segment_prompt(c, s) for c, s in zip(codes, structures)]
+    drawn = sample_codes(model, vocab, prompts, vqgan.config.grid ** 2, **options)
+    return (vqgan.decode(drawn).mean(dim=1) > 0).cpu().numpy(), drawn.cpu().numpy().astype(np.int16)
+
+
+def draw_images(model, vocab, vqgan, texts, guidance=1.0, **options):
+    """Report -> image: n strings to images (n, C, H, W) in [-1, 1], each from exactly h·w codes."""
+    prompts = [vocab.draw_prompt(INSTRUCTIONS["generate"][0].format(t)) for t in texts]
+    return vqgan.decode(sample_codes(model, vocab, prompts, vqgan.config.grid ** 2, guidance=guidance,
+                                     unconditional=[vocab.draw_prompt("")] * len(texts), **options))
+
+
+def dice(a, b):
+    """2·|a ∩ b| / (|a| + |b|) of two boolean masks; 1 if both are empty."""
+    total = a.sum() + b.sum()
+    return 1.0 if total == 0 else 2 * float((a & b).sum()) / float(total)
+
+
+# ---------------------------------------------------------------------------------------------
+# The lesson: examples and batches
+# ---------------------------------------------------------------------------------------------
+
+MASKS_EACH = 2
+
+
+@dataclass
+class Study:
+    """A record as tokens: what training needs of it once its pixels are gone."""
+
+    codes: np.ndarray                # (N,) image codes
+    text: str
+    questions: tuple                 # of (question, answer)
+    masks: tuple                     # of (structure, codes (N,)), at most MASKS_EACH
+    findings: tuple | None
+    tasks: tuple                     # the tasks it serves
+
+
+def encode_records(records, vqgan, seed, autocast, title="encoding"):
+    """Records to Studies: images and up to MASKS_EACH randomly chosen masks through the image tokenizer."""
+    studies = []
+    for start in tqdm(range(0, len(records), 256), desc=title, unit="batch", leave=False):
+        batch = [records[i] for i in range(start, min(start + 256, len(records)))]
+        images, structures = [r.image for r in batch], []
+        for i, record in enumerate(batch, start):
+            order = np.random.default_rng([seed, 2, i]).permutation(sorted(record.masks))
+            structures.append([str(name) for name in order[:MASKS_EACH]])
+            images += [record.masks[name] * np.uint8(255) for name in structures[-1]]
+        codes = iter(encode_images(images, vqgan, autocast))
+        image_codes = [next(codes) for _ in batch]
+        for record, image, names in zip(batch, image_codes, structures):
+            has = {"report": record.text, "generate": record.text, "ask": record.questions, "segment": names}
+            studies.append(Study(image, record.text, record.questions, tuple((name, next(codes)) for name in names),
+                                 record.findings, tuple(t for t in TASKS if has[t])))
+    return studies
+
+
+def make_example(study, task, vocab, rng, empty_share=0.0):
+    """(prompt ids, response ids) of one task on one study, wordings drawn from rng."""
+    wording = rng.integers(3)
+    if task == "report":
+        return vocab.read_prompt(study.codes, INSTRUCTIONS["report"][wording]), vocab.text_response(study.text)
+    if task == "generate":
+        emptied = rng.random() < empty_share
+        prompt = vocab.draw_prompt("" if emptied else INSTRUCTIONS["generate"][wording].format(study.text))
+        return prompt, vocab.image_response(study.codes)
+    if task == "ask":
+        question, answer = study.questions[rng.integers(len(study.questions))]
+        return vocab.read_prompt(study.codes, question), vocab.text_response(answer)
+    structure, mask = study.masks[rng.integers(len(study.masks))]
+    return vocab.segment_prompt(study.codes, structure, wording), vocab.image_response(mask)
+
+
+def collate(examples, pad, device="cpu"):
+    """(prompt, response) pairs to ids and labels, each (B, T): labels are -100 outside the response.
+
+    With pad 0, ([1, 7], [9, 4]) and ([1], [5]) give ids [[1, 7, 9, 4], [1, 5, 0, 0]] and labels
+    [[-100, -100, 9, 4], [-100, 5, -100, -100]]."""
+    T = max(len(p) + len(r) for p, r in examples)
+    ids = torch.full((len(examples), T), pad)
+    labels = torch.full((len(examples), T), -100)
+    for row, (prompt, response) in enumerate(examples):
+        end = len(prompt) + len(response)
+        ids[row, :end] = torch.tensor([*prompt, *response])
+        labels[row, len(prompt):end] = ids[row, len(prompt):end]
+    return ids.to(device), labels.to(device)
 
 
 def pick_task(study, shares, rng):
@@ -146,6 +296,11 @@ def make_batch(studies, cfg, shares, vocab, step, device):
     return collate(examples, vocab.pad, device)
 
 
+# ---------------------------------------------------------------------------------------------
+# The lesson: training
+# ---------------------------------------------------------------------------------------------
+
+
 def response_loss(model, ids, labels):
     """Mean negative log-probability of the response tokens, in nats a token."""
     return -per_token_logps(model, ids, labels).sum() / (labels[:, 1:] != -100).sum()
@@ -155,7 +310,7 @@ def response_loss(model, ids, labels):
 def validate(model, studies, vocab, phrases):
     """Loss of each task and, where findings are known, F1 of greedy reports on held-out studies."""
     model.eval()                      # LoRA's dropout is for training
-    figures, rng = {}, np.random.default_rng(0)
+    result, rng = {}, np.random.default_rng(0)
     for task in TASKS:
         examples = [make_example(s, task, vocab, rng) for s in studies if task in s.tasks]
         if examples:
@@ -164,38 +319,16 @@ def validate(model, studies, vocab, phrases):
                 ids, labels = collate(examples[i:i + 64], vocab.pad, model.device)
                 nats -= sequence_logps(model, ids, labels).sum().item()
                 tokens += (labels != -100).sum().item()
-            figures[f"val/loss_{task}"] = nats / tokens
-    figures["val/loss"] = sum(figures.values()) / len(figures)
+            result[f"val/loss_{task}"] = nats / tokens
+    result["val/loss"] = sum(result.values()) / len(result)
     known = [s for s in studies if s.findings is not None and "report" in s.tasks]
     if known and phrases:
-        texts = write_reports(model, [s.codes for s in known], vocab)
+        texts = write_reports(model, vocab, [s.codes for s in known])
         counts = [match_findings(read_findings(t, phrases), s.findings) for t, s in zip(texts, known)]
         right, stated, true = (sum(c[k] for c in counts) for k in ("right", "stated", "true"))
-        figures["val/f1"] = 2 * right / max(1, stated + true)
+        result["val/f1"] = 2 * right / max(1, stated + true)
     model.train()
-    return figures
-
-
-def write_reports(model, codes, vocab, temperature=0.0, seed=0, instruction=INSTRUCTIONS["report"][0], **options):
-    """The model's reports on images given as codes: n rows of (N,) to n strings."""
-    prompts = [vocab.understand(c, instruction) for c in codes]
-    rows = generate(model, prompts, MAX_TEXT, vocab.text_range, vocab.eos, temperature, seed=seed, **options)
-    return [vocab.decode_text(r) for r in rows]
-
-
-@torch.no_grad()
-def draw_masks(model, vocab, codes, structures, vqgan, temperature=0.0, seed=0):
-    """The model's masks of one structure in each image: n rows of (N,) to (n, H, W) bool and their codes (n, N)."""
-    rows = generate(model, [vocab.segment(c, s) for c, s in zip(codes, structures)], len(codes[0]), vocab.image_range,
-                    temperature=temperature, seed=seed)
-    drawn = torch.tensor([vocab.ids_to_codes(r) for r in rows], device=model.device)
-    return (vqgan.decode(drawn).mean(dim=1) > 0).cpu().numpy(), drawn.cpu().numpy().astype(np.int16)
-
-
-def dice(a, b):
-    """2·|a ∩ b| / (|a| + |b|) of two boolean masks; 1 if both are empty."""
-    total = a.sum() + b.sum()
-    return 1.0 if total == 0 else 2 * float((a & b).sum()) / float(total)
+    return result
 
 
 def train(cfg):
@@ -209,21 +342,21 @@ def train(cfg):
         raise UserError(f"{cfg.out}/vqgan was trained on {vqgan.config.data}, not on {image_source(cfg)}: "
                         "name another --out, or remove the folder to train it again")
     data = open_data(cfg)
-    model, vocab = make_model(cfg, vqgan, data["train"], device)
-    studies = encode_records(data["train"], vqgan, cfg.channels, cfg.seed, device, autocast, "encoding records")
+    model, vocab, adapter = make_model(cfg, vqgan, data["train"], device)
+    studies = encode_records(data["train"], vqgan, cfg.seed, autocast, "encoding records")
     studies = [s for s in studies if any(shares[t] > 0 for t in s.tasks)]
-    val = encode_records([data["val"][i] for i in range(min(cfg.val_records, len(data["val"])))],
-                         vqgan, cfg.channels, cfg.seed, device, autocast, "encoding validation")
+    val = [data["val"][i] for i in range(min(cfg.val_records, len(data["val"])))]
+    val = encode_records(val, vqgan, cfg.seed, autocast, "encoding validation")
     if not studies:
         raise UserError("no training record serves a task whose share is above 0; raise --report-share or another")
 
     phrases, trained = lexicon(data["train"]), trained_parameters(model)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, cfg.weight_decay)
-    folder, figures = begin_stage(cfg, "sft", [trained], optimizers)
+    folder, progress = begin_stage(cfg, "sft", [trained], optimizers)
     base_hash = folder_hash(cfg.init) if cfg.init else ""
-    if figures.get("base", base_hash) != base_hash:
+    if progress.get("base", base_hash) != base_hash:
         raise UserError(f"--resume: {folder} was started from another {cfg.init}; leave out --resume")
-    start, best_score = figures.get("step", 0), figures.get("best_score", -float("inf"))
+    start, best_score = progress.get("step", 0), progress.get("best_score", -float("inf"))
     log = Log(f"{cfg.out}/sft.jsonl", "sft", cfg.steps, start)
     for step in range(start, cfg.steps):
         set_lr(optimizers, get_lr(step, cfg.steps, warmup=40))
@@ -231,12 +364,7 @@ def train(cfg):
         ids, labels = make_batch(studies, cfg, shares, vocab, step, device)
         with autocast():
             loss = response_loss(model, ids, labels)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        grad_norm = take_step(loss, trained, optimizers, clip=1.0)
 
         log.bar.update()
         if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
@@ -246,7 +374,7 @@ def train(cfg):
             log(step, ("loss", "val/loss", "val/f1"), loss=loss.detach(), grad_norm=grad_norm, **held_out)
             if score >= best_score:                          # the folder keeps the best model, its state is the last
                 best_score = score
-                save_tuned(folder, model, cfg)
+                save_tuned(folder, model, cfg, adapter)
             save_state(folder, step + 1, [trained], optimizers, best_score=best_score, flags=run_flags(cfg), base=base_hash)
         elif step % cfg.log_every == 0:
             log(step, ("loss",), loss=loss.detach(), grad_norm=grad_norm, lr=optimizers[-1].param_groups[0]["lr"])
@@ -254,6 +382,117 @@ def train(cfg):
     vocab.save(folder)
     finish_stage(cfg, "sft")
     tqdm.write(f"wrote {cfg.out}/sft (best validation score {best_score:.3f})")
+
+
+# ---------------------------------------------------------------------------------------------
+# For consultation: loading what is on disk, and --init
+# ---------------------------------------------------------------------------------------------
+
+
+def load_vqgan(cfg, device, init=""):
+    """The image tokenizer of cfg.out; if it is missing, the one beside the folder `init`, else trained first.
+
+    Raises UserError if it does not fit the flags."""
+    folder = Path(cfg.out) / "vqgan"
+    if init and not folder.exists() and (Path(init).parent / "vqgan").exists():
+        shutil.copytree(Path(init).parent / "vqgan", Path(cfg.out) / "vqgan.partial", dirs_exist_ok=True)
+        finish_stage(cfg, "vqgan")
+    if not folder.exists():
+        tqdm.write(f"{folder} is missing: training the image tokenizer first")
+        vqgan_stage.train(config_for(vqgan_stage.VQGANTrainConfig, cfg, **vqgan_stage.PRESETS[cfg.preset],
+                                     resume=cfg.resume))
+    vqgan = VQGAN.from_pretrained(folder, device)
+    if (vqgan.config.image_size, vqgan.config.channels) != (cfg.image_size, cfg.channels):
+        raise UserError(f"{folder} was trained for --image-size {vqgan.config.image_size} and --channels "
+                        f"{vqgan.config.channels}, not {cfg.image_size} and {cfg.channels}: use these, or another --out")
+    return vqgan
+
+
+def load_gpt(folder, vqgan, device):
+    """A GPT folder and its vocabulary. Raises UserError if it was trained with another image tokenizer."""
+    model, vocab = GPT.from_pretrained(folder, device), Vocabulary.load(folder)
+    check_vqgan(model, vqgan, folder)
+    return model, vocab
+
+
+def check_vqgan(model, vqgan, folder):
+    """Raise UserError if the model in `folder` was trained with another image tokenizer."""
+    if model.config.vqgan_hash != weights_hash(vqgan):
+        raise UserError(f"{folder} was trained with another image tokenizer than the one in --out; "
+                        "train it again, or bring back the tokenizer")
+
+
+def read_tokenizer(folder):
+    """A folder's tokenizer.json. Raises UserError."""
+    path = Path(folder) / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:        # tokenizers raises bare Exception for a missing or broken file
+        raise UserError(f"{path} cannot be read ({error}); bring back the one it came with")
+
+
+def extend_vocabulary(folder, codebook_size):
+    """The Vocabulary of a model folder of other hands: its tokenizer, then our specials and the image codes.
+
+    Raises UserError if one of our specials is already among its tokens, or if their ids have gaps."""
+    tokenizer = read_tokenizer(folder)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    size, last = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values())
+    if last != size - 1:
+        raise UserError(f"{folder}/tokenizer.json numbers its {size} tokens up to {last}; only ids without gaps are "
+                        "read here")
+    if taken := [s for s in SPECIALS if tokenizer.token_to_id(s) is not None]:
+        raise UserError(f"{folder}/tokenizer.json uses {' '.join(taken)} for itself, which are our names; rename them")
+    return Vocabulary.append(tokenizer, codebook_size)
+
+
+def load_init(cfg, vqgan, device):
+    """Model, vocabulary and Adapter or None of --init: ours as they are, any other Qwen3's with our tokens appended.
+
+    Raises UserError where tokenizer and model, or model and image tokenizer, do not fit."""
+    if Path(cfg.out).resolve() in Path(cfg.init).resolve().parents:
+        raise UserError(f"--init {cfg.init} lies in --out {cfg.out}, where this run would write over it or over its base: "
+                        "name another --out")
+    model, first_new = GPT.from_pretrained(cfg.init, device), None
+    if model.config.image_token_start is not None:
+        check_vqgan(model, vqgan, cfg.init)
+        vocab = Vocabulary.load(cfg.init)
+    else:
+        vocab = extend_vocabulary(cfg.init, vqgan.config.codebook_size)
+        first_new = vocab.eos                                # the first token that is not the folder's own
+        if first_new > model.config.vocab_size:
+            raise UserError(f"{cfg.init}/tokenizer.json has {first_new} tokens, the embedding only "
+                            f"{model.config.vocab_size} rows: the two do not belong together")
+        model.grow(first_new, vocab.size)
+    return model, vocab, add_lora(model, cfg, cfg.init, first_new) if cfg.lora_rank else None
+
+
+def all_texts(records):
+    """Every string of a sequence of records, for training the vocabulary."""
+    yield from (w for words in INSTRUCTIONS.values() for w in words * 50)
+    for record in records:
+        yield record.text
+        for question_and_answer in record.questions:
+            yield from question_and_answer
+        yield from record.masks
+
+
+def make_model(cfg, vqgan, records, device):
+    """The GPT to train, its Vocabulary and its Adapter or None: --init's, or random weights and the records' words."""
+    torch.manual_seed(cfg.seed)
+    if cfg.init:
+        model, vocab, adapter = load_init(cfg, vqgan, device)
+    else:
+        vocab, adapter = Vocabulary.train(all_texts(records), vqgan.config.codebook_size, cfg.text_vocab), None
+        model = GPT(GPTConfig(vocab.size, **SHAPES[cfg.preset])).to(device)
+    # the longest prompt with its response: two images, an instruction and a text
+    longest = 2 * vqgan.config.grid ** 2 + 2 * MAX_TEXT
+    vars(model.config).update(
+        max_position_embeddings=max(longest, model.config.max_position_embeddings), pad_token_id=vocab.pad,
+        bos_token_id=vocab.bos, eos_token_id=vocab.eos, image_token_start=vocab.image_start,
+        vqgan_hash=weights_hash(vqgan), data=data_name(cfg))
+    return model.train(), vocab, adapter
 
 
 def main(argv=None):

@@ -16,6 +16,7 @@ Three choices differ from the paper, each so that it trains from nothing in minu
   matching on its layers (arXiv:1711.11585);
 - commitment weight 0.1, not 0.25: on flat images the larger one pulls codes together.
 
+All of this file is the lesson: blocks, quantizer, discriminator, losses, images to codes and back, training.
 A healthy log: psnr over 25 and codebook/usage near 1 within a few hundred steps. Judge a tokenizer by
 whether findings survive it (`python sample.py` counts that), not by PSNR.
 """
@@ -24,14 +25,15 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import image_source, image_stack, open_data, to_pixels
+from data import image_source, open_data, spread_indices
 from model import (Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage, get_lr, init_run,
-                   load_folder, load_weights, make_config, run, run_flags, save_folder, save_state, set_lr)
+                   load_folder, load_weights, make_config, run, run_flags, save_folder, save_state, set_lr, take_step)
 
 
 @dataclass
@@ -62,14 +64,14 @@ class VQGANTrainConfig(RunConfig):
     batch_size: int = arg(32, "images a step")
     lr: float = arg(1.2e-3, "peak learning rate (AdamW)")
     images: int = arg(8000, "training images held in memory, masks drawn as images among them")
-    mask_share: float = arg(0.12, "share of those that are masks, so that `segment` can draw them")
+    mask_share: float = arg(0.12, "share of those that are masks, so that `segment` can draw them", most=1)
     codebook_size: int = arg(512, "number of codes")
     code_dim: int = arg(8, "dimensions of a code on the unit sphere")
     beta: float = arg(0.1, "weight of the commitment loss, which moves the encoder")
     l1_weight: float = arg(0.3, "weight of the absolute error")
     l2_weight: float = arg(4.0, "weight of the squared error")
     pooled_weight: float = arg(10.0, "weight of the squared error of 4x4-pooled images")
-    disc_start: int = arg(1000, "step at which the adversary joins; reconstructions first")
+    disc_start: int = arg(1000, "step at which the adversary joins; reconstructions first", least=0)
     disc_weight: float = arg(0.1, "factor on the adaptive weight of the adversarial loss; 0: no adversary")
     feature_weight: float = arg(0.2, "weight of feature matching, from disc_start on")
     renew_every: int = arg(20, "steps between looks for unused codes")
@@ -181,6 +183,10 @@ class VQGAN(nn.Module):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quantizer = VectorQuantizer(config.codebook_size, config.code_dim)
 
+    @property
+    def device(self):
+        return self.quantizer.codebook.device
+
     def forward(self, x):
         """x to (x_rec, codes, codebook_loss, commitment_loss, z)."""
         z = self.encoder(x)
@@ -273,6 +279,41 @@ def validate(vqgan, x):
     return {"val/psnr": psnr(x, vqgan.decode(codes)).mean(), **codebook_figures(vqgan, codes)}
 
 
+def to_pixels(images):
+    """(n, C, H, W) uint8 tensor to float32 in [-1, 1]. The one place, with `to_images`, that knows the range."""
+    return images.float() / 127.5 - 1
+
+
+def to_images(x):
+    """(n, C, H, W) in [-1, 1] to uint8."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def stack(images, channels):
+    """A list of (H, W) or (H, W, 3) uint8 arrays as one uint8 tensor (n, C, H, W)."""
+    rows = [np.asarray(i) if i.ndim == 3 else np.repeat(i[..., None], channels, axis=2) for i in images]
+    return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
+
+
+def encode_images(images, vqgan, autocast):
+    """A list of (H, W) or (H, W, 3) uint8 arrays to their codes (n, h·w), an int16 array."""
+    with autocast():
+        return vqgan.encode(to_pixels(stack(images, vqgan.config.channels)).to(vqgan.device)).cpu().numpy().astype(np.int16)
+
+
+def image_stack(records, n, mask_share, channels, seed):
+    """Up to n images, spread over the records, as uint8 (n, C, H, W); a share of them masks, white on black."""
+    rng = np.random.default_rng([seed, 1])
+    images = []
+    for i in spread_indices(len(records), n):
+        record = records[int(i)]
+        if record.masks and rng.random() < mask_share:
+            images.append(record.masks[sorted(record.masks)[rng.integers(len(record.masks))]] * np.uint8(255))
+        else:
+            images.append(record.image)
+    return stack(images, channels)
+
+
 def train(cfg):
     """Train the tokenizer and write out/vqgan."""
     device, autocast = init_run(cfg)
@@ -282,8 +323,8 @@ def train(cfg):
     disc = PatchDiscriminator(cfg.channels).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vqgan.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     d_optimizer = torch.optim.AdamW(disc.parameters(), lr=0.2 * cfg.lr, betas=(0.5, 0.9), weight_decay=0.0)
-    folder, figures = begin_stage(cfg, "vqgan", [vqgan, disc], [optimizer, d_optimizer])
-    start = figures.get("step", 0)
+    folder, progress = begin_stage(cfg, "vqgan", [vqgan, disc], [optimizer, d_optimizer])
+    start = progress.get("step", 0)
 
     data = open_data(cfg)
     images = image_stack(data["train"], cfg.images, cfg.mask_share, cfg.channels, cfg.seed)
@@ -305,18 +346,13 @@ def train(cfg):
                 d_weight = cfg.disc_weight * adaptive_weight(rec_loss, g_loss, vqgan.decoder.last.weight)
             loss = rec_loss + codebook_loss + cfg.beta * commitment_loss \
                 + d_weight * g_loss + cfg.feature_weight * matching
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vqgan.parameters(), 1.0)       # one bad step can collapse the codes
-        optimizer.step()
+        take_step(loss, vqgan.parameters(), [optimizer], clip=1.0)          # one bad step can collapse the codes
 
         d_loss = torch.zeros((), device=device)
         if adversary:
             with autocast():
                 d_loss = d_hinge_loss(disc(x)[0].float(), disc(x_rec.detach())[0].float())
-            d_optimizer.zero_grad(set_to_none=True)
-            d_loss.backward()
-            d_optimizer.step()
+            take_step(d_loss, disc.parameters(), [d_optimizer])
 
         vqgan.quantizer.idle += 1
         vqgan.quantizer.idle[codes.unique()] = 0

@@ -1,18 +1,19 @@
-"""Every objective on the same pairs, in one table.
+"""Every objective on the same pairs in one table; and evaluations of several seeds in one table.
 
-    python -m tests.compare                                       the whole table; goes on where it stopped
+    python -m tests.compare                                       the whole comparison; goes on where it stopped
     python -m tests.compare --bias 0.9 --seeds 0 --recipes control bidpo      a part of it
     python -m tests.compare --table --results .github/results     only the tables and the picture, here the README's
     ... --bias 0 --seeds 0                                        of one unit, including recipes that it alone has
+    python -m tests.compare --eval out-0 out-1 out-2              evaluations, one a seed: figures, and the habits' table
+    python -m tests.compare --eval out-0/eval.json ...            the figures alone; result files do as well
 
-A unit is one benchmark (--bias) and one seed: its own data, SFT model and pairs. Units share the image tokenizer
-and the judge; recipes share everything else. Each model's test figures go to --results, the picture beside that
-folder, the tables to standard output. The README's are in .github/results. Hours on two cores; two units run side by side in
-two shells with OMP_NUM_THREADS=1. Only the programs' own functions do the work."""
+A unit is one benchmark (--bias) and one seed: its own data, SFT model and pairs. Units share the image tokenizer and the
+finding reader; recipes share everything else. Each unit's figures, a part of its eval.json, go to --results, the picture
+beside that folder, the tables to standard output. The README's are in .github/results. Hours on two cores; two units run
+side by side in two shells with OMP_NUM_THREADS=1. Only the programs' own functions do the work."""
 
 import argparse
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -24,7 +25,8 @@ import dpo
 import sample
 import sft
 import vqgan
-from model import UserError, cli, other_flags, read_figures, read_log, run, write_text
+from data import PHRASES, Phantoms, names_and_sides, read_findings
+from model import UserError, cli, other_flags, read_log, read_progress, run, write_text
 
 # Half the default length of stage 1, two thirds of stage 2's steps, pairs and rehearsal: minutes a recipe on one core.
 SCALE = {"vqgan": [], "sft": ["--steps", "1300", "--val-every", "130"],
@@ -47,25 +49,27 @@ CLAIMS = {"bidpo-own": "--rejected own", "bidpo-strict": "--conditional-weight 0
              for k in ("remove", "region-noise", "crop", "noise")}}
 RECIPES = TABLE | CLAIMS
 # What the claims compare with each other, not with the control: their paired differences are kept too.
-VERSUS = [("bidpo-c2", "bidpo"), ("bidpo-t0", "bidpo"), ("bidpo-text0", "bidpo"), ("bidpo-strict", "bidpo"), ("mfpo", "mdpo"),
-          ("napo", "dpo"), ("mdpo-region-noise", "mdpo-crop"), ("mdpo-crop", "mdpo-noise"), ("mdpo-region-noise", "mdpo-noise"),
-          ("mdpo-remove", "mdpo-region-noise"), ("dpo-flip30", "dpo"), ("napo-flip30", "napo"), ("napo-flip30", "dpo-flip30"),
-          ("rndpo", "mask-dpo-judge0"), ("rndpo-judge4", "rndpo"), ("mask-dpo-judge4", "mask-dpo-judge0"),
-          ("rndpo-judge4", "mask-dpo-judge4")]
-BETWEEN = ("report/greedy/companion", "report/t1.0/companion", "report/greedy/chair_i", "report/greedy/recall", "segment/dice")
-ROWS = {"report/greedy/companion": "companion hallucination ↓, greedy", "report/t1.0/companion": "companion hallucination ↓, T = 1",
-        "report/greedy/chair_i": "CHAIR_i ↓, greedy", "report/t1.0/chair_i": "CHAIR_i ↓, T = 1",
-        "report/greedy/chair_s": "CHAIR_s ↓, greedy", "report/t1.0/chair_s": "CHAIR_s ↓, T = 1",
-        "report/greedy/recall": "recall, greedy", "report/t1.0/recall": "recall, T = 1",
-        "report/greedy/f1": "finding F1, greedy", "report/t1.0/f1": "finding F1, T = 1",
-        "report/greedy/laterality": "wrong side ↓, greedy", "report/greedy/unchanged_by_noise": "unchanged by noise ↓",
-        "report/greedy/distinct": "distinct reports, greedy", "ask/accuracy": "questions right",
-        "ask/companion": "companion affirmed when asked ↓",
-        "segment/dice": "Dice, all structures", "segment/dice_large": "Dice, large structures",
-        "generate/cfg1/f1": "text→image F1, no guidance", "generate/cfg1.5/f1": "text→image F1, guidance 1.5",
-        "generate/cfg1.5/frechet": "text→image Fréchet distance ↓", "drift/text_chosen": "drift of log π(report), nats",
-        "drift/image_chosen": "drift of log π(image), nats", "seconds": "seconds of the training loop"}
+VERSUS = [pair.split() for pair in (
+    "bidpo-c2 bidpo", "bidpo-t0 bidpo", "bidpo-text0 bidpo", "bidpo-strict bidpo", "mfpo mdpo", "napo dpo",
+    "mdpo-region-noise mdpo-crop", "mdpo-crop mdpo-noise", "mdpo-region-noise mdpo-noise", "mdpo-remove mdpo-region-noise",
+    "dpo-flip30 dpo", "napo-flip30 napo", "napo-flip30 dpo-flip30", "rndpo mask-dpo-judge0", "rndpo-judge4 rndpo",
+    "mask-dpo-judge4 mask-dpo-judge0", "rndpo-judge4 mask-dpo-judge4")]
+READING = {"companion": "companion hallucination ↓", "chair_i": "CHAIR_i ↓", "chair_s": "CHAIR_s ↓", "recall": "recall",
+           "f1": "finding F1", "laterality": "wrong side ↓"}
+ROWS = {f"report/{d}/{m}": f"{title}, {how}" for m, title in READING.items()
+        for d, how in (("greedy", "greedy"), ("t1.0", "T = 1"))} | {
+    "report/greedy/exact": "exact finding sets, greedy", "report/greedy/distinct": "distinct reports, greedy",
+    "ask/accuracy": "questions right", "ask/companion": "companion affirmed when asked ↓",
+    "segment/dice": "Dice, all structures", "segment/dice_large": "Dice, large structures",
+    "generate/cfg1/f1": "text→image F1, no guidance", "generate/cfg1.5/f1": "text→image F1, guidance 1.5",
+    "generate/cfg1.5/extra": "text→image extra ↓", "generate/cfg1.5/missing": "text→image missing ↓",
+    "generate/cfg1.5/frechet": "text→image Fréchet distance ↓", "drift/text_chosen": "drift of log π(report), nats",
+    "drift/image_chosen": "drift of log π(image), nats", "seconds": "seconds of the training loop"}
 CURVE = [f"report/t0.5/{m}" for m in ("companion", "chair_i", "recall")]        # for the picture alone
+TO_CONTROL = ["report/greedy/companion", "report/t1.0/companion", "report/greedy/chair_i", "report/t1.0/chair_i",
+              "report/greedy/recall", "generate/cfg1/f1"]
+BETWEEN = [*TO_CONTROL[:3], "report/greedy/recall", "segment/dice"]
+THERE = "companion there, and rightly stated"
 
 
 def run_unit(out, shared, bias, seed, recipes, preset):
@@ -85,16 +89,10 @@ def run_unit(out, shared, bias, seed, recipes, preset):
     for name in recipes:
         if not (out / name).exists():
             dpo.main(wanted[name])
-    borrow(shared / "judge", out / "judge")
+    borrow(shared / "reader", out / "reader")
     sample.main([*flags, "--bias", str(bias), *scale["sample"]])
-    borrow(out / "judge", shared / "judge")
-    return collect(out)
-
-
-def write_results(path, results):
-    """Write a result file, its folder with it; a line an entry, so that changes can be read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(results, separators=(",", ":")).replace("},", "},\n") + "\n")
+    borrow(out / "reader", shared / "reader")
+    return gather_results(out)
 
 
 def check_kept(folder, wanted):
@@ -102,8 +100,8 @@ def check_kept(folder, wanted):
     if not (folder / "state.safetensors").exists():
         raise UserError(f"{folder} holds no state.safetensors that tells its flags; move it away or name another --out")
     cfg = cli(dpo.DPOConfig, dpo.PRESETS, wanted, None, ("objective", dpo.OBJECTIVE_DEFAULTS))
-    figures = read_figures(folder)
-    if other := other_flags(figures, cfg) + ["--steps"] * (figures.get("step") != cfg.steps):
+    progress = read_progress(folder)
+    if other := other_flags(progress, cfg) + ["--steps"] * (progress.get("step") != cfg.steps):
         raise UserError(f"{folder} was made with other values of {', '.join(other)}; move it away or name another --out")
 
 
@@ -115,26 +113,28 @@ def borrow(source, target):
         os.replace(new, target)
 
 
-def collect(out):
-    """{model: {metric: [value, its difference to the control, low, high]}} of a unit, only what the tables show."""
-    written, results = json.loads((out / "eval.json").read_text()), {}
-    for name in [n for n in written if n != "vqgan" and not n.endswith(" minus control")]:
-        difference = written.get(f"{name} minus control", {})
-        results[name] = {k: [written[name][k]["value"], *(difference.get(k, {}).get(e) for e in ("value", "low", "high"))]
-                         for k in (*ROWS, *CURVE) if k in written[name]}
-        rows = read_log(out / f"{name}.jsonl")[-5:]
-        if name != "sft":                          # drift: over the last log lines, as one batch is noisy
-            drift = {k: round(float(np.mean([r[k] for r in rows])), 3) for k in rows[-1] if k.startswith("drift/")}
-            results[name] |= {k: [v, None, None, None] for k, v in (drift | {"seconds": rows[-1]["seconds"]}).items()}
-    for a, b in VERSUS:
-        if a in results and b in results:
-            found = sample.difference(*(sample.read_kept(out / "eval" / f"{n}.safetensors") for n in (a, b)))
-            results[f"{a} minus {b}"] = {k: [None, *(found[k][e] for e in ("value", "low", "high"))] for k in ROWS if k in found}
+def gather_results(out):
+    """What the tables show of a unit's eval.json, in its format; drift, seconds and the differences of VERSUS besides."""
+    written = json.loads((out / "eval.json").read_text())
+    results = {n: {k: found[k] for k in (*ROWS, *CURVE) if k in found} for n, found in written.items() if n != "vqgan"}
+    for name in [n for n in results if n != "sft" and " minus " not in n]:
+        rows = read_log(out / f"{name}.jsonl")[-5:]             # drift: over the last log lines, as one batch is noisy
+        drift = {k: round(float(np.mean([r[k] for r in rows])), 3) for k in rows[-1] if k.startswith("drift/")}
+        results[name] |= {k: {"value": v} for k, v in (drift | {"seconds": rows[-1]["seconds"]}).items()}
+    for a, b in [pair for pair in VERSUS if results.keys() >= set(pair)]:
+        found = sample.difference(*(sample.read_kept(out / "eval" / f"{n}.safetensors") for n in (a, b)))
+        results[f"{a} minus {b}"] = {k: found[k] for k in ROWS if k in found}
     return results
 
 
+def write_results(path, results):
+    """Write a result file, its folder with it; a line an entry, so that changes can be read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(results, separators=(",", ":")).replace("},", "},\n") + "\n")
+
+
 def read_results(folder):
-    """{bias: {seed: results}} of every file in the folder."""
+    """{bias: {seed: results}} of every unit's file in the folder."""
     found = {}
     for path in sorted(folder.glob("bias*-seed*.json")):
         bias, seed = path.stem[4:].split("-seed")
@@ -142,42 +142,128 @@ def read_results(folder):
     return found
 
 
-def table(units, names):
+def read_written(folder, name):
+    """The content of a JSON file that sample.py writes to a folder."""
+    try:
+        return json.loads((folder / name).read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{folder / name} is not there or no JSON; run `python sample.py --out {folder}` first")
+
+
+def read_evaluation(path):
+    """The content of an eval.json, named itself or by its folder, or of a result file."""
+    found = read_written(path, "eval.json") if path.is_dir() else read_written(path.parent, path.name)
+    if not {"sft", "control"} <= found.keys():
+        raise UserError(f"{path} lacks the figures of sft or control; train them there (`python dpo.py --objective sft`) "
+                        "and run `python sample.py` again")
+    return found
+
+
+def markdown(header, rows, n_left=0):
+    """Markdown of a table from lists of strings: the first and the n_left last columns to the left, the others right.
+
+    Rows of nothing but dashes are left out."""
+    n_right = len(header) - 1 - n_left
+    shown = [row for row in rows if any(cell.strip("- ") for cell in row[1:])]
+    lines = [" | ".join(cells) for cells in (header, ["---"] + ["---:"] * n_right + ["---"] * n_left, *shown)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def entries_of(units, name, metric):
+    """Each seed's entry of one metric of a model or difference; None where it has none or nothing could be counted."""
+    found = [u.get(name, {}).get(metric) for u in units]
+    return [entry if entry and entry["value"] is not None else None for entry in found]
+
+
+def is_sure(difference):
+    """Whether the 95 % interval of a difference excludes 0; False of one that was not measured."""
+    return difference is not None and difference["low"] is not None and difference["low"] * difference["high"] > 0
+
+
+def mean_cell(units, name, metric, marked=False):
+    """The mean over seeds as text, "-" where one has no value; marked as `means_table` says."""
+    found = entries_of(units, name, metric)
+    if None in found:
+        return "-"
+    whole = metric.endswith(("distinct", "frechet")) or metric == "seconds"
+    text = f"{np.mean([e['value'] for e in found]):.{0 if whole else 1 if metric.startswith('drift/') else 3}f}"
+    falls = {d["value"] < 0 if is_sure(d) else None for d in entries_of(units, f"{name} minus control", metric)}
+    mark = "" if not marked or len(falls) > 1 or None in falls else "**" if falls == {"↓" in ROWS[metric]} else "~~"
+    return mark + text + mark
+
+
+def means_table(units, names):
     """Markdown of one benchmark: a metric a row, a recipe a column, the mean over seeds.
 
     Where the paired 95 % interval of the difference to the control excludes 0, on one side, in every seed: bold if
     the recipe is better, struck through if it is worse (↓ marks metrics that should fall)."""
     names = [n for n in ("sft", *names) if all(n in u for u in units)]
-    lines = ["| metric | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-    for metric, title in ROWS.items():
-        cells = []
-        for name in names:
-            found = [u[name].get(metric) for u in units]
-            if None in found or None in [f[0] for f in found]:
-                cells.append("-")
-                continue
-            mean = np.mean([f[0] for f in found])
-            whole = metric.endswith(("distinct", "frechet")) or metric == "seconds"
-            text = f"{mean:.0f}" if whole else f"{mean:.1f}" if "drift" in metric else f"{mean:.3f}"
-            sure = all(f[2] is not None and f[2] * f[3] > 0 for f in found) and len({f[1] > 0 for f in found}) == 1
-            better = sure and (found[0][1] < 0) == ("↓" in title)
-            cells.append(text if not sure else f"**{text}**" if better else f"~~{text}~~")
-        if set(cells) != {"-"}:
-            lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [[title, *(mean_cell(units, n, metric, marked=True) for n in names)] for metric, title in ROWS.items()]
+    return markdown(["metric", *names], rows)
 
 
-def differences(units, names, metrics=("report/greedy/companion", "report/t1.0/companion", "report/greedy/chair_i",
-                                       "report/t1.0/chair_i", "report/greedy/recall", "generate/cfg1/f1")):
+def differences_table(units, names, metrics=TO_CONTROL):
     """Markdown: the difference of each recipe to the control, seed by seed, with its paired 95 % interval.
 
     A name "a minus b" stands for the difference between these two."""
-    lines = ["| difference | " + " | ".join(ROWS[m] for m in metrics) + " |", "| --- |" + " --- |" * len(metrics)]
-    show = lambda f: f"{f[1]:+.3f} [{f[2]:+.3f}, {f[3]:+.3f}]" if f and f[1] is not None else "-"
-    for name in [n for n in names if n not in ("sft", "control") and all(n in u for u in units)]:
-        title = name.replace(" minus ", " − ") if " minus " in name else f"{name} − control"
-        lines.append(f"| {title} | " + " | ".join("<br>".join(show(u[name].get(m)) for u in units) for m in metrics) + " |")
-    return "\n".join(lines)
+    show = lambda d: f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" if d else "-"
+    pairs = [n if " minus " in n else f"{n} minus control" for n in names]
+    rows = [[pair.replace(" minus ", " − "), *("<br>".join(map(show, entries_of(units, pair, m))) for m in metrics)]
+            for pair in pairs if all(pair in u for u in units)]
+    return markdown(["difference", *(ROWS[m] for m in metrics)], rows, n_left=len(metrics))
+
+
+def compared_models(evaluations):
+    """The models whose figures are shown: SFT, control and what all evaluations compare with it, the default first."""
+    recipes = [name for name in evaluations[0] if all(f"{name} minus control" in e for e in evaluations)]
+    return ["sft", "control", *sorted(recipes, key=lambda name: name != "bidpo")]
+
+
+def figures_table(evaluations):
+    """Markdown of evaluations, one a seed: means over seeds, then each recipe's difference to the control, seed by seed, in
+    bold where the seed's paired 95 % interval excludes 0."""
+    bold = lambda d: "**" if is_sure(d) else ""
+    show = lambda d: f"{bold(d)}{d['value']:+.3f}{bold(d)}" if d else "-"
+    names = compared_models(evaluations)
+    rows = [[title, *(mean_cell(evaluations, n, metric) for n in names),
+             *(" ".join(map(show, entries_of(evaluations, f"{n} minus control", metric))) for n in names[2:])]
+            for metric, title in ROWS.items()]
+    titles = [f"{n} − control, by seed" for n in names[2:]]
+    return markdown(["metric", "SFT", *names[1:], *titles], rows, n_left=len(titles))
+
+
+def cases_by_habit(records):
+    """{habit: [(index of the record, companion), ...]}, a trigger each; apart where the finding is there on another side."""
+    cases = {}
+    for i, record in enumerate(records):
+        for trigger, companion, there in sample.triggers_of(record):
+            elsewhere = companion.name in {f.name for f in record.findings}
+            habit = f"{trigger.name} → {companion.name}" + ", shown on the wrong side" * elsewhere
+            cases.setdefault(THERE if there else habit, []).append((i, companion))
+    return cases
+
+
+def habits_table(folders, seed=7):
+    """Markdown: for how many of the triggers without their companion the greedy report states it, all seeds together; last,
+    those with their companion. The folders were evaluated on the test phantoms of `sample.py --seed`."""
+    names = compared_models([read_evaluation(folder) for folder in folders])
+    read = lambda folder, name: [names_and_sides(read_findings(said["caption"], PHRASES))
+                                 for said in read_written(folder, f"eval/{name}.captions.json")]
+    stated = {name: [read(folder, name) for folder in folders] for name in names}
+    records = list(Phantoms("test", len(stated["sft"][0]), bias=0, seed=seed))
+    for folder in folders:
+        if [r["caption"] for r in read_written(folder, "references.json")["annotations"]] != [r.text for r in records]:
+            raise UserError(f"{folder} was not evaluated on the {len(records)} test phantoms of `sample.py --seed {seed}`; "
+                            f"name {folder / 'eval.json'} to see its figures alone")
+    cases = cases_by_habit(records)
+    count = lambda name, habit: sum(names_and_sides([companion]) <= reports[i]
+                                    for reports in stated[name] for i, companion in cases[habit])
+    order = sorted(cases.keys() - {THERE}, key=lambda habit: (-count("sft", habit), habit))
+    cases["all"] = [case for habit in order for case in cases[habit]]
+    share = lambda k, n: f"{k} ({k / n:.2f})" if n else "-"
+    rows = [[habit, str(n := len(folders) * len(cases[habit])), *(share(count(name, habit), n) for name in names)]
+            for habit in (*order, "all", *({THERE} & cases.keys()))]
+    return markdown(["habit", "cases", "SFT", *names[1:]], rows)
 
 
 def picture(found, names):
@@ -188,17 +274,35 @@ def picture(found, names):
         for metric in ("companion", "chair_i"):
             series = {}
             for name in [n for n in names if all(n in u for u in seeds.values())]:
-                known = lambda v: math.nan if v is None else v
-                points = [[np.mean([known(u[name][f"report/{d}/{m}"][0]) for u in seeds.values()])
-                           for m in ("recall", metric)] for d in ("greedy", "t0.5", "t1.0")]
+                points = np.array([[[u[name][f"report/{d}/{m}"]["value"] for u in seeds.values()]
+                                    for m in ("recall", metric)] for d in ("greedy", "t0.5", "t1.0")], float).mean(2)
                 if np.isfinite(points).all():
-                    series[name] = [tuple(map(float, p)) for p in points]
+                    series[name] = points.tolist()
             if series:
                 panels.append(sample.plot(f"{metric} over recall, bias {bias:g};", series, 560, 300))
     sheet = Image.new("RGB", (1120, 300 * max(1, (len(panels) + 1) // 2)), sample.PALE)
     for i, panel in enumerate(panels):
         sheet.paste(panel, (560 * (i % 2), 300 * (i // 2)))
     return sheet
+
+
+def print_evaluations(paths):
+    """The figures of evaluations, one a seed; if all are named by their folders, the habits below."""
+    print(figures_table([read_evaluation(path) for path in paths]))
+    if all(path.is_dir() for path in paths):
+        print(f"\n{habits_table(paths)}")
+
+
+def print_units(found):
+    """The tables of every benchmark in {bias: {seed: results}}."""
+    for bias, seeds in sorted(found.items(), reverse=True):
+        units = list(seeds.values())
+        print(f"\n--bias {bias:g}, seeds {' '.join(map(str, seeds))}")
+        print(f"\n{means_table(units, TABLE)}\n\n{differences_table(units, TABLE)}")
+        if any(all(n in u for u in units) for n in CLAIMS):
+            print(f"\n{means_table(units, RECIPES)}")
+        if between := [n for n in (f"{a} minus {b}" for a, b in VERSUS) if all(n in u for u in units)]:
+            print(f"\n{differences_table(units, between, BETWEEN)}")
 
 
 def main(argv=None):
@@ -212,7 +316,11 @@ def main(argv=None):
                         help="recipes; by default " + " ".join(TABLE) + "; to test the papers' claims " + " ".join(CLAIMS))
     parser.add_argument("--preset", default="small", choices=("tiny", "small"), help="tiny: seconds, for tests")
     parser.add_argument("--table", action="store_true", help="train nothing, show what the results hold")
+    parser.add_argument("--eval", type=Path, nargs="+", metavar="PATH",
+                        help="train nothing, show evaluations, one a seed: folders of sample.py, eval.json or result files")
     cfg = parser.parse_args(argv)
+    if cfg.eval:
+        return print_evaluations(cfg.eval)
     cfg.results = cfg.results or cfg.out / "results"
     for seed in [] if cfg.table else cfg.seeds:
         for bias in cfg.bias:
@@ -224,15 +332,8 @@ def main(argv=None):
     found = {b: {s: everything[b][s] for s in cfg.seeds if s in everything[b]} for b in cfg.bias
              if any(s in everything.get(b, {}) for s in cfg.seeds)}
     if not found:
-        raise UserError(f"{cfg.results} holds no result yet; run `python -m tests.compare` without --table first, or name "
-                        "--results")
-    for bias, seeds in sorted(found.items(), reverse=True):
-        units = list(seeds.values())
-        print(f"\n--bias {bias:g}, seeds {' '.join(map(str, seeds))}\n\n{table(units, TABLE)}\n\n{differences(units, TABLE)}")
-        if any(all(n in u for u in units) for n in CLAIMS):
-            print(f"\n{table(units, RECIPES)}")
-        if between := [n for n in (f"{a} minus {b}" for a, b in VERSUS) if all(n in u for u in units)]:
-            print(f"\n{differences(units, between, BETWEEN)}")
+        raise UserError(f"{cfg.results} holds no such result yet; run this without --table first, or name other --results")
+    print_units(found)
     picture(everything, TABLE).save(cfg.results.parent / "compare.png")
 
 

@@ -1,96 +1,153 @@
-"""The comparison's runner: its table by hand, and one tiny unit from start to end and on from there."""
+"""The comparison's runner: its tables by hand, and one tiny unit from start to end and on from there."""
 
 import json
+import re
 import shutil
 
 import pytest
 from PIL import Image
 
-from model import UserError
-from data import Phantoms
-from tests import captioning, compare, table
+import dpo
+from data import MODALITIES, Phantoms
+from model import UserError, cli
+from tests import compare
+from tests.compare import ROWS, THERE
+
+HABIT = "report/greedy/companion"
 
 
 def unit(low, high, value=0.25):
-    cell = [value, (low + high) / 2, low, high]
-    return {"sft": {"report/greedy/companion": [0.5, None, None, None]},
-            "control": {"report/greedy/companion": [0.45, None, None, None]},
-            "dpo": {"report/greedy/companion": cell, "seconds": [100, None, None, None]}}
+    return {"sft": {HABIT: {"value": 0.5}}, "control": {HABIT: {"value": 0.45}},
+            "dpo": {HABIT: {"value": value}, "seconds": {"value": 100}},
+            "dpo minus control": {HABIT: {"value": (low + high) / 2, "low": low, "high": high}}}
+
+
+def evaluation(recipes, metrics=ROWS):
+    """Every metric of every model is 0.25."""
+    models = dict.fromkeys(("sft", "control", *recipes), {m: {"value": 0.25} for m in metrics})
+    return models | {f"{name} minus control": {} for name in recipes}
+
+
+def test_markdown_sets_the_last_columns_to_the_left_and_leaves_out_empty_rows():
+    rows = [["full", "1.0", "-", "+1 +2"], ["none", "-", "-", "- -"]]
+    assert compare.markdown(["a", "b", "c", "d"], rows, n_left=1) == \
+        "| a | b | c | d |\n| --- | ---: | ---: | --- |\n| full | 1.0 | - | +1 +2 |"
+    assert compare.markdown(["a", "b"], []) == "| a | b |\n| --- | ---: |"
+
+
+def test_results_are_written_a_line_an_entry(tmp_path):
+    compare.write_results(tmp_path / "results/bias0.9-seed2.json", unit(0, 1))
+    text = (tmp_path / "results/bias0.9-seed2.json").read_text()
+    assert text.count("\n") == sum(map(len, unit(0, 1).values()))
+    assert compare.read_results(tmp_path / "results") == {0.9: {2: unit(0, 1)}}
 
 
 def test_bold_and_struck_through_need_every_seed_on_one_side():
-    cell = lambda *units: compare.table(list(units), ["control", "dpo"]).splitlines()[2]
-    title = "| companion hallucination ↓, greedy | 0.500 | 0.450 | "
+    cell = lambda *units: compare.means_table(list(units), ["control", "dpo"]).splitlines()[2]
+    title = f"| {ROWS[HABIT]} | 0.500 | 0.450 | "
     assert cell(unit(-0.3, -0.1), unit(-0.2, -0.1, 0.35)) == title + "**0.300** |"
     assert cell(unit(-0.3, -0.1), unit(-0.2, 0.1)) == title + "0.250 |"
     assert cell(unit(-0.3, -0.1), unit(0.1, 0.2)) == title + "0.250 |"
     assert cell(unit(0.1, 0.3), unit(0.1, 0.2)) == title + "~~0.250~~ |"
 
 
+def test_each_figure_has_its_decimals_and_what_was_not_measured_is_left_out():
+    figures = {"report/greedy/distinct": 9.4, "generate/cfg1.5/frechet": 0.6, "drift/text_chosen": -0.26, "seconds": 100.2}
+    rows = compare.means_table([{"sft": {}, "dpo": {k: {"value": v} for k, v in figures.items()}}], ["dpo"]).splitlines()[2:]
+    assert rows == [f"| {ROWS[k]} | - | {shown} |" for k, shown in zip(figures, ("9", "1", "-0.3", "100"))]
+
+
 def test_a_recipe_without_results_in_every_seed_is_left_out():
     lame = {k: v for k, v in unit(0, 1).items() if k != "dpo"}
-    assert "dpo" not in compare.table([unit(0, 1), lame], ["control", "dpo"]).splitlines()[0]
+    assert "dpo" not in compare.means_table([unit(0, 1), lame], ["control", "dpo"]).splitlines()[0]
 
 
 def test_differences_seed_by_seed():
-    rows = compare.differences([unit(-0.3, -0.1), unit(0.0, 0.2)], ["control", "dpo"]).splitlines()
+    rows = compare.differences_table([unit(-0.3, -0.1), unit(0.0, 0.2)], ["control", "dpo"]).splitlines()
     assert len(rows) == 3 and "| dpo − control | -0.200 [-0.300, -0.100]<br>+0.100 [+0.000, +0.200] |" in rows[2]
 
 
 def test_a_difference_of_two_recipes_has_a_line_of_its_own():
-    rows = compare.differences([{"mfpo minus mdpo": {"report/greedy/recall": [None, 0.1, 0.005, 0.195]}}], ["mfpo minus mdpo"],
-                               ["report/greedy/recall"]).splitlines()
-    assert rows[2] == "| mfpo − mdpo | +0.100 [+0.005, +0.195] |"
+    recall = {"report/greedy/recall": {"value": 0.1, "low": 0.005, "high": 0.195}}
+    rows = compare.differences_table([{"mfpo minus mdpo": recall}], ["mfpo minus mdpo"], list(recall)).splitlines()
+    assert rows[1:] == ["| --- | --- |", "| mfpo − mdpo | +0.100 [+0.005, +0.195] |"]
 
 
-def test_the_first_table_shows_what_could_not_be_counted_as_a_dash():
-    """One seed, no bidpo-c2; recall of nothing is None, every other value 0.25, every difference surely −0.1."""
-    model = {m: {"value": 0.25} for m in table.ROWS} | {"report/greedy/recall": {"value": None}}
-    difference = {m: {"value": -0.1, "low": -0.2, "high": -0.05} for m in list(table.ROWS)[:3]}
-    difference["report/greedy/recall"] = {"value": None, "low": None, "high": None}
-    rows = table.table([{"sft": model, "control": model, "dpo": model, "dpo minus control": difference}]).splitlines()
+def test_the_figures_show_what_could_not_be_counted_as_a_dash():
+    """One seed; the control's recall of nothing is None; the habit differs by −0.1, surely when greedy, not at T = 1."""
+    found = evaluation(["bidpo"])
+    found["control"] = found["control"] | {"report/greedy/recall": {"value": None}}
+    found["bidpo minus control"] = {HABIT: {"value": -0.1, "low": -0.2, "high": -0.05},
+                                    "report/t1.0/companion": {"value": -0.1, "low": -0.2, "high": 0.0},
+                                    "report/greedy/recall": {"value": None, "low": None, "high": None}}
+    rows = compare.figures_table([found]).splitlines()
     assert rows[0] == "| metric | SFT | control | bidpo | bidpo − control, by seed |"
-    assert "| companion hallucination ↓, greedy | 0.250 | 0.250 | 0.250 | **-0.100** |" in rows
-    assert "| recall, greedy | - | - | - | - |" in rows
-    with pytest.raises(SystemExit, match="every evaluation needs a control"):
-        table.table([{"sft": model, "dpo": model}])
+    assert rows[1] == "| --- | ---: | ---: | ---: | --- |"
+    assert rows[2:4] == [f"| {ROWS[HABIT]} | 0.250 | 0.250 | 0.250 | **-0.100** |",
+                         f"| {ROWS['report/t1.0/companion']} | 0.250 | 0.250 | 0.250 | -0.100 |"]
+    assert f"| {ROWS['report/greedy/recall']} | 0.250 | - | 0.250 | - |" in rows
 
 
-def test_the_first_table_shows_the_recipes_that_all_seeds_have():
-    """A metric that an evaluation lacks, as drawing does of files without findings, is a dash."""
-    model, more = {m: {"value": 0.25} for m in list(table.ROWS)[:-1]}, {"bidpo-c2 minus control": {}, "dpo minus control": {}}
-    one = dict.fromkeys(("sft", "control", "bidpo-c2", "dpo"), model) | more
-    two = {k: v for k, v in one.items() if "c2" not in k}
-    assert table.table([one, one]).splitlines()[0].startswith("| metric | SFT | control | bidpo | bidpo-c2 | bidpo − control")
-    assert table.table([one]).splitlines()[-1] == "| text→image Fréchet distance ↓ | - | - | - | - | - | - |"
-    assert table.table([one, two]).splitlines()[0] == "| metric | SFT | control | bidpo | bidpo − control, by seed |"
+def test_the_figures_show_the_recipes_that_all_seeds_have_the_default_first():
+    """A metric that no evaluation has, as drawing of files without findings, has no row."""
+    one, two = evaluation(["bidpo-c2", "bidpo"], list(ROWS)[:-1]), evaluation(["bidpo"])
+    header, _, *rows = compare.figures_table([one, one]).splitlines()
+    assert header.startswith("| metric | SFT | control | bidpo | bidpo-c2 | bidpo − control")
+    assert [row.split(" | ")[0] for row in rows] == [f"| {title}" for title in list(ROWS.values())[:-1]]
+    header, _, *rows = compare.figures_table([one, two]).splitlines()
+    assert header == "| metric | SFT | control | bidpo | bidpo − control, by seed |" and len(rows) == len(ROWS) - 1
 
 
-def test_habits_count_stated_companions_by_trigger(tmp_path):
-    """Two hundred phantoms; SFT states the effusion in every report, the others the truth."""
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A folder of sample.py with 200 phantoms; SFT states the left effusion in every report, the others the truth."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    (folder / "eval").mkdir()
+    records = list(Phantoms("test", 200, bias=0, seed=7))
+    (folder / "references.json").write_text(json.dumps({"annotations": [{"caption": r.text} for r in records]}))
+    (folder / "eval.json").write_text(json.dumps(evaluation(["bidpo-c2", "bidpo"])))
+    wording = MODALITIES["chest radiograph"]["effusion"].wordings[0].format(Size="Small", side="left")
+    for model in ("sft", "control", "bidpo-c2", "bidpo"):
+        said = [{"caption": f"{r.text} {wording}" if model == "sft" else r.text} for r in records]
+        (folder / f"eval/{model}.captions.json").write_text(json.dumps(said))
+    return folder
+
+
+def test_habits_count_stated_companions_by_trigger(evaluated):
     records = Phantoms("test", 200, bias=0, seed=7)
-    (tmp_path / "eval").mkdir()
-    (tmp_path / "references.json").write_text(json.dumps({"annotations": [{"caption": r.text} for r in records]}))
-    models = ("sft", "control", "bidpo-c2", "dpo")
-    (tmp_path / "eval.json").write_text(json.dumps(dict.fromkeys((*models, "dpo minus control", "bidpo-c2 minus control"), {})))
-    for model in models:
-        said = " Small left pleural effusion." if model == "sft" else ""
-        (tmp_path / f"eval/{model}.captions.json").write_text(json.dumps([{"caption": r.text + said} for r in records]))
     sides = [[f.side for f in r.findings if f.name == "effusion"] for r in records
              if "cardiomegaly" in {f.name for f in r.findings}]
     alone, wrong = sides.count([]), sides.count(["right"])
-    rows = table.habits([tmp_path]).splitlines()
-    assert alone > 0 and f"| cardiomegaly → effusion | {alone} | {alone} (1.00) | 0 (0.00) | 0 (0.00) | 0 (0.00) |" in rows
-    title = "cardiomegaly → effusion, shown on the wrong side"
-    assert wrong > 0 and f"| {title} | {wrong} | {wrong} (1.00) | 0 (0.00) | 0 (0.00) | 0 (0.00) |" in rows
+    rows = compare.habits_table([evaluated, evaluated]).splitlines()
+    cells = lambda n: f"| {2 * n} | {2 * n} (1.00) | 0 (0.00) | 0 (0.00) | 0 (0.00) |"
+    assert alone > 0 and f"| cardiomegaly → effusion {cells(alone)}" in rows
+    assert wrong > 0 and f"| cardiomegaly → effusion, shown on the wrong side {cells(wrong)}" in rows
     count = lambda row, column: int(row.split(" | ")[column].split()[0])
     assert [count(rows[-2], c) for c in (1, 2, 3)] == [sum(count(r, c) for r in rows[2:-2]) for c in (1, 2, 3)]
-    assert rows[-2].startswith("| all | ") and count(rows[-2], 2) == alone + wrong
+    assert rows[-2].startswith("| all | ") and count(rows[-2], 2) == 2 * (alone + wrong)
     there = sum({"atrophy", "lesions"} <= {f.name for f in r.findings} for r in records)          # the pair without sides
-    assert rows[-1].startswith(f"| {table.THERE} | ") and count(rows[-1], 1) == count(rows[-1], 3) >= there > 0
+    assert rows[-1].startswith(f"| {THERE} | ") and count(rows[-1], 1) == count(rows[-1], 3) >= 2 * there > 0
     assert rows[0] == "| habit | cases | SFT | control | bidpo | bidpo-c2 |"
-    with pytest.raises(SystemExit, match="was not evaluated on the 200 test phantoms of `sample.py --seed 8`"):
-        table.habits([tmp_path], seed=8)
+    with pytest.raises(UserError, match=f"{re.escape(str(evaluated))} .*--seed 8"):
+        compare.habits_table([evaluated], seed=8)
+
+
+def test_eval_prints_figures_and_of_folders_the_habits_too(evaluated, capsys):
+    figures = compare.figures_table([evaluation(["bidpo-c2", "bidpo"])] * 2)
+    compare.main(["--eval", str(evaluated), str(evaluated)])
+    assert capsys.readouterr().out == f"{figures}\n\n{compare.habits_table([evaluated, evaluated])}\n"
+    compare.main(["--eval", str(evaluated), str(evaluated / "eval.json")])
+    assert capsys.readouterr().out == f"{figures}\n"
+
+
+def test_eval_refuses_what_holds_no_evaluation(tmp_path):
+    """The folder without an eval.json, a file that is no JSON, an evaluation without a control: each is named."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "noise.json").write_text("noise")
+    (tmp_path / "lame.json").write_text(json.dumps({"sft": {}}))
+    for path, named in (("out", "out/eval.json"), ("noise.json", "noise.json"), ("lame.json", "lame.json .*--objective")):
+        with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))}/{named}"):
+            compare.main(["--eval", str(tmp_path / path)])
 
 
 def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys, monkeypatch):
@@ -104,17 +161,20 @@ def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys,
     compare.main([*flags, "control"])
     written = tmp_path / "r/results/bias0.9-seed0.json"
     first, made = json.loads(written.read_text()), (folder / "control/model.safetensors").stat().st_mtime_ns
+    assert (tmp_path / "runs/shared/reader").exists()
     compare.main([*flags, "control", "dpo", "dpo-flip30"])
-    second = json.loads(written.read_text())
-    assert second.keys() == {"sft", "control", "dpo", "dpo-flip30", "dpo-flip30 minus dpo"} and second["control"] == first["control"]
+    second, whole = json.loads(written.read_text()), json.loads((folder / "eval.json").read_text())
+    assert second.keys() == whole.keys() - {"vqgan"} | {"dpo-flip30 minus dpo"} and second["control"] == first["control"]
     assert (folder / "control/model.safetensors").stat().st_mtime_ns == made
-    assert len(second["dpo"]["report/greedy/recall"]) == 4 and second["dpo"]["seconds"][0] >= 0
-    assert second["dpo-flip30 minus dpo"]["report/greedy/recall"][0] is None           # a difference has no value of its own
+    assert second["dpo minus control"].items() <= whole["dpo minus control"].items()
+    assert second["dpo"]["report/greedy/recall"] == whole["dpo"]["report/greedy/recall"]
+    assert second["dpo"]["seconds"]["value"] >= 0
+    assert {"value", "low", "high"} <= second["dpo-flip30 minus dpo"]["report/greedy/recall"].keys()
     monkeypatch.setitem(compare.RECIPES, "control", "--objective sft --sft-weight 2 --steps 13")
-    with pytest.raises(UserError, match="control was made with other values of --sft-weight, --steps; move it away"):
+    with pytest.raises(UserError, match="bias0.9-seed0/control .*--sft-weight, --steps;"):
         compare.main([*flags, "control"])
     (folder / "control/state.safetensors").unlink()
-    with pytest.raises(UserError, match="control holds no state.safetensors that tells its flags"):
+    with pytest.raises(UserError, match="bias0.9-seed0/control .*state.safetensors"):
         compare.main([*flags, "control"])
     said = capsys.readouterr().out
     assert "| metric | sft | control | dpo |" in said and "| dpo-flip30 − dpo | " in said
@@ -122,19 +182,14 @@ def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys,
 
 
 def test_a_table_of_nothing_is_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no result yet"):
-        compare.main(["--table", "--results", str(tmp_path)])
-
-
-def test_figures_go_beside_the_runs_and_not_among_the_measured_ones(tmp_path):
     """What is shown, and so what is written, is in the folder of the runs unless --results says otherwise."""
-    for runner, folder in ((compare, "results"), (captioning, "captioning.json")):
-        with pytest.raises(UserError, match=f"runs/{folder} holds no result yet; .* without --table first, or name --results"):
-            runner.main(["--table", "--out", str(tmp_path / "runs")])
+    for flag, folder in (("--results", ""), ("--out", "/results")):
+        with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))}{folder} .*--results"):
+            compare.main(["--table", flag, str(tmp_path)])
 
 
 def test_every_recipe_is_a_command_of_dpo():
-    import dpo
-    from model import cli
-    for flags in compare.RECIPES.values():
-        dpo.check_flags(cli(dpo.DPOConfig, dpo.PRESETS, flags.split(), None, ("objective", dpo.OBJECTIVE_DEFAULTS)))
+    for name, flags in compare.RECIPES.items():
+        dpo.check_flags(cli(dpo.DPOConfig, dpo.PRESETS, [*flags.split(), "--name", name], None,
+                            ("objective", dpo.OBJECTIVE_DEFAULTS)))
+    assert {name for pair in compare.VERSUS for name in pair} <= compare.RECIPES.keys()
