@@ -12,7 +12,7 @@ learns. In validation and test they come independently, so what a model states o
 A side is always the patient's: the patient's left is the right of the image. Not for clinical use.
 
 The lesson, in order: records and findings; phantoms, and how one is redrawn; distortions, which make the
-dispreferred data. For consultation: folders of real images; findings read back from a report.
+dispreferred data. For consultation: how a phantom is drawn; folders of real images; findings read back from a report.
 """
 
 import csv
@@ -32,9 +32,7 @@ from tqdm import tqdm
 
 from model import UserError
 
-# ---------------------------------------------------------------------------------------------
-# The lesson: records
-# ---------------------------------------------------------------------------------------------
+# ---- The lesson: records -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,7 @@ def same_statement(a, b):
     return names_and_sides(a.findings) == names_and_sides(b.findings)
 
 
-# ---------------------------------------------------------------------------------------------
-# The lesson: phantoms, and how one is redrawn
-# ---------------------------------------------------------------------------------------------
+# ---- The lesson: phantoms, and how one is redrawn ------------------------------------------------
 
 LR = ("left", "right")
 
@@ -189,7 +185,224 @@ def phantom_spec(seed, split, index, bias):
     return Spec(seed, split, index, modality, tuple(present[n] for n in findings if n in present))
 
 
-# Drawing. Coordinates run from -1 to 1, x to the right of the image (the patient's left), y down.
+def draw(spec, size=64):
+    """Image (size, size) uint8 and masks {structure: (size, size) bool} of a spec.
+
+    Anatomy, noise and each finding's place are drawn from generators of their own, so taking one
+    finding out changes nothing but that finding."""
+    look = spec.rng("look")
+    canvas = Canvas(size, look.uniform(-0.06, 0.06))
+    DRAW[spec.modality](canvas, spec, lambda name: spec.rng("place", name))
+    image = canvas.image * look.uniform(0.9, 1.05) + look.uniform(0.0, 0.05)
+    image = image + spec.rng("noise").normal(0, look.uniform(0.008, 0.02), image.shape)
+    return (np.clip(image, 0, 1) * 255).astype(np.uint8), canvas.masks
+
+
+def write_report(spec):
+    """The report: opening, findings (or 'normal'), sometimes a negated sentence."""
+    r = spec.rng("report")
+    choose = lambda options: options[r.integers(len(options))]
+    kinds = MODALITIES[spec.modality]
+    opening = choose(OPENING[spec.modality])
+    sentences = []
+    for f in spec.findings:
+        wording = spec.rng("wording", f.name).choice(kinds[f.name].wordings)
+        words = {k: getattr(f, k) for k in ("side", "size", "place")}
+        sentences.append(wording.format(**words, Side=f.side.capitalize(), Size=f.size.capitalize()))
+    absent = [k.noun for name, k in kinds.items() if name not in {f.name for f in spec.findings}]
+    r.shuffle(absent)
+    if not sentences:
+        sentences = [choose(NORMAL[spec.modality])]
+    elif r.random() < 0.4 and absent:
+        sentences.append(f"No {absent[0]}." if len(absent) == 1 or r.random() < 0.5 else
+                         f"No {absent[0]} or {absent[1]}.")
+    return " ".join([opening, *sentences])
+
+
+def ask_whether(kind, wording):
+    """The question whether an image shows a finding, in one of two wordings."""
+    article = "" if not kind.countable else "an " if kind.noun[0] in "aeiou" else "a "
+    be = "Are" if kind.noun.endswith("lesions") else "Is"
+    return (f"{be} there {article}{kind.noun}?", f"Does the image show {article}{kind.noun}?")[wording]
+
+
+def ask_phantom(spec):
+    """Questions and answers of a phantom: one present, one absent, one side, the modality."""
+    r = spec.rng("questions")
+    kinds = MODALITIES[spec.modality]
+    present = {f.name: f for f in spec.findings}
+    absent = [n for n in kinds if n not in present]
+    questions = [("Which modality is this?", f"{spec.modality[0].upper() + spec.modality[1:]}.")]
+    if present:
+        questions.append((ask_whether(kinds[r.choice(list(present))], r.integers(2)), "Yes."))
+    if absent:
+        questions.append((ask_whether(kinds[r.choice(absent)], r.integers(2)), "No."))
+    if sided := [f for f in spec.findings if f.side]:
+        f = sided[r.integers(len(sided))]
+        questions.append((f"On which side is the {kinds[f.name].noun}?", f"{f.side.capitalize()}."))
+    return tuple(questions)
+
+
+def phantom_record(spec, size=64):
+    """The whole record of a spec."""
+    image, masks = draw(spec, size)
+    name = f"{spec.split}/{spec.index}"
+    return Record(image, write_report(spec), name, spec.findings, masks, spec.modality,
+                  questions=ask_phantom(spec), subject=name, spec=spec)
+
+
+class Phantoms:
+    """A sequence of n phantom records, each drawn when it is asked for (about 1 ms)."""
+
+    def __init__(self, split, n, seed=0, bias=0.9, size=64):
+        self.split, self.n, self.seed, self.bias, self.size = split, n, seed, bias, size
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.n:
+            raise IndexError(index)
+        return phantom_record(phantom_spec(self.seed, self.split, index, self.bias), self.size)
+
+
+def redraw(spec, change, rng):
+    """The same patient with one finding changed; None where that is impossible.
+
+    change: "remove" takes one finding out, "add" puts one in, "mirror" moves one to the other side."""
+    findings, kinds = list(spec.findings), MODALITIES[spec.modality]
+    if change == "add":
+        if absent := [n for n in kinds if n not in {f.name for f in findings}]:
+            name = absent[rng.integers(len(absent))]
+            findings.append(random_finding(name, kinds[name], rng))
+    else:
+        usable = [i for i, f in enumerate(findings) if change == "remove" or f.side]
+        if usable:
+            i = usable[rng.integers(len(usable))]
+            findings[i:i + 1] = [replace(findings[i], side=opposite(findings[i].side))] if change == "mirror" else []
+    order = list(kinds)
+    findings = tuple(sorted(findings, key=lambda f: order.index(f.name)))
+    return replace(spec, findings=findings) if findings != spec.findings else None
+
+
+# ---- The lesson: distortions, which make the dispreferred data -----------------------------------
+
+
+def add_noise(image, rng, strength):
+    """DDPM's forward process √ᾱ·x + √(1−ᾱ)·ε at step `strength` of 1000, linear β (arXiv:2006.11239)."""
+    alpha = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[min(strength, 1000) - 1]
+    x = image / 127.5 - 1.0
+    x = np.sqrt(alpha) * x + np.sqrt(1 - alpha) * rng.standard_normal(image.shape)
+    return ((x + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+
+
+def blur(image, rng, strength):
+    """Gaussian blur of 3 to 6 % of the width."""
+    radius = image.shape[1] * rng.uniform(0.03, 0.06)
+    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
+
+
+def lower_contrast(image, rng, strength):
+    """Contrast cut to 20 to 40 % around the mean."""
+    return (image.mean() + (image - image.mean()) * rng.uniform(0.2, 0.4)).round().astype(np.uint8)
+
+
+def invert(image, rng, strength):
+    """Black and white exchanged."""
+    return 255 - image
+
+
+def shuffle_patches(image, rng, strength):
+    """A 4x4 grid of patches in random order."""
+    h, w = image.shape[0] // 4, image.shape[1] // 4
+    patches = [image[y:y + h, x:x + w] for y in range(0, 4 * h, h) for x in range(0, 4 * w, w)]
+    order, result = rng.permutation(16), image.copy()
+    for i, (y, x) in enumerate((y, x) for y in range(0, 4 * h, h) for x in range(0, 4 * w, w)):
+        result[y:y + h, x:x + w] = patches[order[i]]
+    return result
+
+
+def cut_out(image, rng, strength):
+    """A black rectangle of half the height and width."""
+    h, w = image.shape[0] // 2, image.shape[1] // 2
+    y, x = rng.integers(h + 1), rng.integers(w + 1)
+    result = image.copy()
+    result[y:y + h, x:x + w] = 0
+    return result
+
+
+def crop(image, rng, strength):
+    """A random window of half the height and width, enlarged."""
+    h, w = image.shape[0] // 2, image.shape[1] // 2
+    y, x = rng.integers(h + 1), rng.integers(w + 1)
+    window = Image.fromarray(image[y:y + h, x:x + w])
+    return np.asarray(window.resize((image.shape[1], image.shape[0]), Image.Resampling.BICUBIC))
+
+
+def flip(image, rng, strength):
+    """Left and right exchanged: the classic laterality error."""
+    return image[:, ::-1].copy()
+
+
+PIXEL_DISTORTIONS = {"noise": add_noise, "blur": blur, "contrast": lower_contrast, "invert": invert,
+                     "shuffle": shuffle_patches, "cutout": cut_out, "crop": crop, "flip": flip}
+DISTORTIONS = (*PIXEL_DISTORTIONS, "region-noise", "remove", "add", "mirror", "other")
+
+
+def finding_mask(record, rng):
+    """The mask of one of the record's findings, or None where it has none."""
+    names = sorted({f.name for f in record.findings or ()} & record.masks.keys())
+    return record.masks[names[rng.integers(len(names))]] if names else None
+
+
+def erase(image, mask):
+    """The mask filled with the median of the pixels around it."""
+    grown = np.asarray(Image.fromarray(mask).filter(ImageFilter.MaxFilter(7))) > 0 if mask.any() else mask
+    ring = grown & ~mask
+    result = image.copy()
+    result[mask] = np.median(image[ring], axis=0) if ring.any() else 0
+    return result
+
+
+def distort(records, index, kind, strength, rng, region=None):
+    """(distorted image, the kind used) of record `index`; the image is None where nothing applies.
+
+    Global kinds are in PIXEL_DISTORTIONS. region-noise: noise inside one finding's mask only; where none has
+    a mask, inside region(record), a mask (H, W) or None that the caller finds; else everywhere. remove, add,
+    mirror: phantoms are drawn again with one finding taken out, put in or moved to the other side; a real
+    image has a finding's mask filled (remove) or is flipped (mirror). other: the image of another record,
+    one that states something else.
+    What a record cannot take falls back: a phantom's remove and mirror to add; a real image's add, and
+    its remove where no finding has a mask, to other. The kind returned tells."""
+    record = records[index]
+    if kind in PIXEL_DISTORTIONS:
+        return PIXEL_DISTORTIONS[kind](record.image, rng, strength), kind
+    if kind in ("remove", "add", "mirror") and record.spec:
+        for change in (kind, "add"):
+            if spec := redraw(record.spec, change, rng):
+                return draw(spec, record.image.shape[0])[0], change
+    mask = finding_mask(record, rng) if kind in ("remove", "region-noise") else None
+    if kind == "remove" and mask is not None:
+        return erase(record.image, mask), kind
+    if kind == "region-noise":
+        if mask is None:
+            mask, kind = region(record) if region else None, "model-region-noise"
+        noise = add_noise(record.image, rng, strength)
+        if mask is None:
+            return noise, "noise"
+        return np.where(mask if noise.ndim == 2 else mask[..., None], noise, record.image), kind
+    if kind == "mirror":
+        return flip(record.image, rng, strength), kind
+    for _ in range(10 if len(records) > 1 else 0):
+        another = records[(index + 1 + int(rng.integers(len(records) - 1))) % len(records)]
+        if not same_statement(record, another):
+            return another.image, "other"
+    return None, "other"
+
+
+# ---- For consultation: how a phantom is drawn ----------------------------------------------------
+
+# Coordinates run from -1 to 1, x to the right of the image (the patient's left), y down.
 
 
 def sign(side):
@@ -361,226 +574,7 @@ def draw_brain_mri(c, spec, rng_of):
 DRAW = {"chest radiograph": draw_chest, "head CT": draw_head_ct, "brain MRI": draw_brain_mri}
 
 
-def draw(spec, size=64):
-    """Image (size, size) uint8 and masks {structure: (size, size) bool} of a spec.
-
-    Anatomy, noise and each finding's place are drawn from generators of their own, so taking one
-    finding out changes nothing but that finding."""
-    look = spec.rng("look")
-    canvas = Canvas(size, look.uniform(-0.06, 0.06))
-    DRAW[spec.modality](canvas, spec, lambda name: spec.rng("place", name))
-    image = canvas.image * look.uniform(0.9, 1.05) + look.uniform(0.0, 0.05)
-    image = image + spec.rng("noise").normal(0, look.uniform(0.008, 0.02), image.shape)
-    return (np.clip(image, 0, 1) * 255).astype(np.uint8), canvas.masks
-
-
-def write_report(spec):
-    """The report: opening, findings (or 'normal'), sometimes a negated sentence."""
-    r = spec.rng("report")
-    choose = lambda options: options[r.integers(len(options))]
-    kinds = MODALITIES[spec.modality]
-    opening = choose(OPENING[spec.modality])
-    sentences = []
-    for f in spec.findings:
-        wording = spec.rng("wording", f.name).choice(kinds[f.name].wordings)
-        words = {k: getattr(f, k) for k in ("side", "size", "place")}
-        sentences.append(wording.format(**words, Side=f.side.capitalize(), Size=f.size.capitalize()))
-    absent = [k.noun for name, k in kinds.items() if name not in {f.name for f in spec.findings}]
-    r.shuffle(absent)
-    if not sentences:
-        sentences = [choose(NORMAL[spec.modality])]
-    elif r.random() < 0.4 and absent:
-        sentences.append(f"No {absent[0]}." if len(absent) == 1 or r.random() < 0.5 else
-                         f"No {absent[0]} or {absent[1]}.")
-    return " ".join([opening, *sentences])
-
-
-def ask_whether(kind, wording):
-    """The question whether an image shows a finding, in one of two wordings."""
-    article = "" if not kind.countable else "an " if kind.noun[0] in "aeiou" else "a "
-    be = "Are" if kind.noun.endswith("lesions") else "Is"
-    return (f"{be} there {article}{kind.noun}?", f"Does the image show {article}{kind.noun}?")[wording]
-
-
-def ask_phantom(spec):
-    """Questions and answers of a phantom: one present, one absent, one side, the modality."""
-    r = spec.rng("questions")
-    kinds = MODALITIES[spec.modality]
-    present = {f.name: f for f in spec.findings}
-    absent = [n for n in kinds if n not in present]
-    questions = [("Which modality is this?", f"{spec.modality[0].upper() + spec.modality[1:]}.")]
-    if present:
-        questions.append((ask_whether(kinds[r.choice(list(present))], r.integers(2)), "Yes."))
-    if absent:
-        questions.append((ask_whether(kinds[r.choice(absent)], r.integers(2)), "No."))
-    if sided := [f for f in spec.findings if f.side]:
-        f = sided[r.integers(len(sided))]
-        questions.append((f"On which side is the {kinds[f.name].noun}?", f"{f.side.capitalize()}."))
-    return tuple(questions)
-
-
-def phantom_record(spec, size=64):
-    """The whole record of a spec."""
-    image, masks = draw(spec, size)
-    name = f"{spec.split}/{spec.index}"
-    return Record(image, write_report(spec), name, spec.findings, masks, spec.modality,
-                  questions=ask_phantom(spec), subject=name, spec=spec)
-
-
-class Phantoms:
-    """A sequence of n phantom records, each drawn when it is asked for (about 1 ms)."""
-
-    def __init__(self, split, n, seed=0, bias=0.9, size=64):
-        self.split, self.n, self.seed, self.bias, self.size = split, n, seed, bias, size
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, index):
-        if not 0 <= index < self.n:
-            raise IndexError(index)
-        return phantom_record(phantom_spec(self.seed, self.split, index, self.bias), self.size)
-
-
-def redraw(spec, change, rng):
-    """The same patient with one finding changed; None where that is impossible.
-
-    change: "remove" takes one finding out, "add" puts one in, "mirror" moves one to the other side."""
-    findings, kinds = list(spec.findings), MODALITIES[spec.modality]
-    if change == "add":
-        if absent := [n for n in kinds if n not in {f.name for f in findings}]:
-            name = absent[rng.integers(len(absent))]
-            findings.append(random_finding(name, kinds[name], rng))
-    else:
-        usable = [i for i, f in enumerate(findings) if change == "remove" or f.side]
-        if usable:
-            i = usable[rng.integers(len(usable))]
-            findings[i:i + 1] = [replace(findings[i], side=opposite(findings[i].side))] if change == "mirror" else []
-    order = list(kinds)
-    findings = tuple(sorted(findings, key=lambda f: order.index(f.name)))
-    return replace(spec, findings=findings) if findings != spec.findings else None
-
-
-# ---------------------------------------------------------------------------------------------
-# The lesson: distortions, which make the dispreferred data
-# ---------------------------------------------------------------------------------------------
-
-
-def add_noise(image, rng, strength):
-    """DDPM's forward process √ᾱ·x + √(1−ᾱ)·ε at step `strength` of 1000, linear β (arXiv:2006.11239)."""
-    alpha = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[min(strength, 1000) - 1]
-    x = image / 127.5 - 1.0
-    x = np.sqrt(alpha) * x + np.sqrt(1 - alpha) * rng.standard_normal(image.shape)
-    return ((x + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
-
-
-def blur(image, rng, strength):
-    """Gaussian blur of 3 to 6 % of the width."""
-    radius = image.shape[1] * rng.uniform(0.03, 0.06)
-    return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
-
-
-def lower_contrast(image, rng, strength):
-    """Contrast cut to 20 to 40 % around the mean."""
-    return (image.mean() + (image - image.mean()) * rng.uniform(0.2, 0.4)).round().astype(np.uint8)
-
-
-def invert(image, rng, strength):
-    """Black and white exchanged."""
-    return 255 - image
-
-
-def shuffle_patches(image, rng, strength):
-    """A 4x4 grid of patches in random order."""
-    h, w = image.shape[0] // 4, image.shape[1] // 4
-    patches = [image[y:y + h, x:x + w] for y in range(0, 4 * h, h) for x in range(0, 4 * w, w)]
-    order, result = rng.permutation(16), image.copy()
-    for i, (y, x) in enumerate((y, x) for y in range(0, 4 * h, h) for x in range(0, 4 * w, w)):
-        result[y:y + h, x:x + w] = patches[order[i]]
-    return result
-
-
-def cut_out(image, rng, strength):
-    """A black rectangle of half the height and width."""
-    h, w = image.shape[0] // 2, image.shape[1] // 2
-    y, x = rng.integers(h + 1), rng.integers(w + 1)
-    result = image.copy()
-    result[y:y + h, x:x + w] = 0
-    return result
-
-
-def crop(image, rng, strength):
-    """A random window of half the height and width, enlarged."""
-    h, w = image.shape[0] // 2, image.shape[1] // 2
-    y, x = rng.integers(h + 1), rng.integers(w + 1)
-    window = Image.fromarray(image[y:y + h, x:x + w])
-    return np.asarray(window.resize((image.shape[1], image.shape[0]), Image.Resampling.BICUBIC))
-
-
-def flip(image, rng, strength):
-    """Left and right exchanged: the classic laterality error."""
-    return image[:, ::-1].copy()
-
-
-PIXEL_DISTORTIONS = {"noise": add_noise, "blur": blur, "contrast": lower_contrast, "invert": invert,
-                     "shuffle": shuffle_patches, "cutout": cut_out, "crop": crop, "flip": flip}
-DISTORTIONS = (*PIXEL_DISTORTIONS, "region-noise", "remove", "add", "mirror", "other")
-
-
-def finding_mask(record, rng):
-    """The mask of one of the record's findings, or None where it has none."""
-    names = sorted({f.name for f in record.findings or ()} & record.masks.keys())
-    return record.masks[names[rng.integers(len(names))]] if names else None
-
-
-def erase(image, mask):
-    """The mask filled with the median of the pixels around it."""
-    grown = np.asarray(Image.fromarray(mask).filter(ImageFilter.MaxFilter(7))) > 0 if mask.any() else mask
-    ring = grown & ~mask
-    result = image.copy()
-    result[mask] = np.median(image[ring], axis=0) if ring.any() else 0
-    return result
-
-
-def distort(records, index, kind, strength, rng, region=None):
-    """(distorted image, the kind used) of record `index`; the image is None where nothing applies.
-
-    Global kinds are in PIXEL_DISTORTIONS. region-noise: noise inside one finding's mask only; where none has
-    a mask, inside region(record), a mask (H, W) or None that the caller finds; else everywhere. remove, add,
-    mirror: phantoms are drawn again with one finding taken out, put in or moved to the other side; a real
-    image has a finding's mask filled (remove) or is flipped (mirror). other: the image of another record,
-    one that states something else.
-    What a record cannot take falls back: a phantom's remove and mirror to add; a real image's add, and
-    its remove where no finding has a mask, to other. The kind returned tells."""
-    record = records[index]
-    if kind in PIXEL_DISTORTIONS:
-        return PIXEL_DISTORTIONS[kind](record.image, rng, strength), kind
-    if kind in ("remove", "add", "mirror") and record.spec:
-        for change in (kind, "add"):
-            if spec := redraw(record.spec, change, rng):
-                return draw(spec, record.image.shape[0])[0], change
-    mask = finding_mask(record, rng) if kind in ("remove", "region-noise") else None
-    if kind == "remove" and mask is not None:
-        return erase(record.image, mask), kind
-    if kind == "region-noise":
-        if mask is None:
-            mask, kind = region(record) if region else None, "model-region-noise"
-        noise = add_noise(record.image, rng, strength)
-        if mask is None:
-            return noise, "noise"
-        return np.where(mask if noise.ndim == 2 else mask[..., None], noise, record.image), kind
-    if kind == "mirror":
-        return flip(record.image, rng, strength), kind
-    for _ in range(10 if len(records) > 1 else 0):
-        another = records[(index + 1 + int(rng.integers(len(records) - 1))) % len(records)]
-        if not same_statement(record, another):
-            return another.image, "other"
-    return None, "other"
-
-
-# ---------------------------------------------------------------------------------------------
-# For consultation: folders of real images
-# ---------------------------------------------------------------------------------------------
+# ---- For consultation: folders of real images ----------------------------------------------------
 
 MIN_SIDE, MAX_PIXELS = 16, 64_000_000
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -879,9 +873,7 @@ def open_data(cfg):
     return {split: Phantoms(split, n, cfg.seed, cfg.bias, cfg.image_size) for split, n in sizes.items()}
 
 
-# ---------------------------------------------------------------------------------------------
-# For consultation: findings read back from a report
-# ---------------------------------------------------------------------------------------------
+# ---- For consultation: findings read back from a report ------------------------------------------
 
 PHRASES = {name: kind.phrases for kinds in MODALITIES.values() for name, kind in kinds.items()}
 MODALITY_PHRASES = {"CT": ("ct", "computed tomography"), "MRI": ("mri", "mr", "magnetic resonance"),

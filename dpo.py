@@ -128,9 +128,7 @@ OBJECTIVE_DEFAULTS = {"bidpo": {}, "dpo": PUBLISHED, "mdpo": PUBLISHED | dict(an
                       "rndpo": dict(beta=5.0, normalise=True), "sft": dict(sft_weight=1.0)}
 
 
-# ---------------------------------------------------------------------------------------------
-# The lesson: contrasts, and objectives as pure functions of them
-# ---------------------------------------------------------------------------------------------
+# ---- The lesson: contrasts, and objectives as pure functions of them -----------------------------
 
 # contrast: its chosen and its rejected sequence (SEQUENCES, below, says what each of them holds)
 CONTRASTS = {"text": ("text_chosen", "text_rejected"), "image": ("image_chosen", "image_rejected"),
@@ -261,9 +259,7 @@ def objective_loss(ratios, keep, cfg):
     return sum(getattr(cfg, f"{name}_weight") * term for name, term in terms.items()), terms, contrasts
 
 
-# ---------------------------------------------------------------------------------------------
-# The lesson: pairs, built once, in out/pairs, for every objective
-# ---------------------------------------------------------------------------------------------
+# ---- The lesson: pairs, built once, in out/pairs, for every objective ----------------------------
 
 
 @dataclass
@@ -406,9 +402,7 @@ def sides_differ(pairs, cfg, phrases):
     return keep
 
 
-# ---------------------------------------------------------------------------------------------
-# The lesson: pairs as sequences, and their log-probabilities
-# ---------------------------------------------------------------------------------------------
+# ---- The lesson: pairs as sequences, and their log-probabilities ---------------------------------
 
 # sequence: the task, what the model is shown, and the response that is scored given it
 SEQUENCES = {"text_chosen": lambda p: ("report", p.codes, p.chosen),
@@ -474,9 +468,7 @@ def log_ratios(policy, reference, indices):
             for s, v in policy.items()}
 
 
-# ---------------------------------------------------------------------------------------------
-# The lesson: training
-# ---------------------------------------------------------------------------------------------
+# ---- The lesson: training ------------------------------------------------------------------------
 
 REHEARSAL = {"report": 0.0, "generate": 0.25, "ask": 0.45, "segment": 0.30}
 
@@ -568,9 +560,7 @@ def train(cfg):
     tqdm.write(f"wrote {cfg.out}/{name}")
 
 
-# ---------------------------------------------------------------------------------------------
-# For consultation: what some objectives and distortions ask of the SFT model
-# ---------------------------------------------------------------------------------------------
+# ---- For consultation: what some objectives and distortions ask of the SFT model -----------------
 
 
 @torch.no_grad()
@@ -634,9 +624,7 @@ def rank_proposals(scores, mining, noise, rng):
     return ranked[-1], ranked[0]
 
 
-# ---------------------------------------------------------------------------------------------
-# For consultation: pairs and models on disk, flags
-# ---------------------------------------------------------------------------------------------
+# ---- For consultation: pairs and models on disk, flags -------------------------------------------
 
 
 def read_pairs(folder):

@@ -32,9 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------
-# Part 1, the lesson: the model
-# ---------------------------------------------------------------------------------------------
+# ---- Part 1, the lesson: the model ---------------------------------------------------------------
 
 
 @dataclass
@@ -351,9 +349,7 @@ def generate(model, prompts, max_new_tokens, allowed, stop_id=None, temperature=
     return done
 
 
-# ---------------------------------------------------------------------------------------------
-# Part 2, for consultation: errors and flags
-# ---------------------------------------------------------------------------------------------
+# ---- Part 2, for consultation: errors and flags --------------------------------------------------
 
 
 class UserError(Exception):
@@ -495,10 +491,7 @@ def init_run(cfg):
     return device, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
-
-# ---------------------------------------------------------------------------------------------
-# Optimizers, learning rate, batches
-# ---------------------------------------------------------------------------------------------
+# ---- Optimizers, learning rate, batches ----------------------------------------------------------
 
 
 def make_optimizers(model, lr, muon_lr, weight_decay):
@@ -548,10 +541,7 @@ def batch_indices(n, batch_size, step, seed):
     return np.array([order[p // n][p % n] for p in positions])
 
 
-
-# ---------------------------------------------------------------------------------------------
-# Folders of models on disk
-# ---------------------------------------------------------------------------------------------
+# ---- Folders of models on disk -------------------------------------------------------------------
 
 
 def save_folder(folder, config, tensors):
@@ -640,10 +630,7 @@ def folder_hash(folder):
     return digest.hexdigest()[:12]
 
 
-
-# ---------------------------------------------------------------------------------------------
-# States, stages and logs: what lets a killed run go on
-# ---------------------------------------------------------------------------------------------
+# ---- States, stages and logs: what lets a killed run go on ---------------------------------------
 
 
 def run_flags(cfg):
@@ -768,9 +755,7 @@ class Log:
         self.bar.close()
 
 
-# ---------------------------------------------------------------------------------------------
-# LoRA
-# ---------------------------------------------------------------------------------------------
+# ---- LoRA ----------------------------------------------------------------------------------------
 
 
 class LoRALinear(nn.Module):

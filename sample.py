@@ -68,9 +68,7 @@ class SampleConfig(RunConfig):
 PRESETS = {"tiny": dict(n=12, reader_steps=20, bootstrap=50), "small": {}, "base": {}}
 
 
-# ---------------------------------------------------------------------------------------------
-# The lesson: figures with intervals
-# ---------------------------------------------------------------------------------------------
+# ---- The lesson: figures with intervals ----------------------------------------------------------
 
 
 class Metric(NamedTuple):
@@ -112,9 +110,7 @@ def difference(a, b):
             for k, m in a.items() if len(m.resampled) and k in b}
 
 
-# ---------------------------------------------------------------------------------------------
-# The lesson: what is counted
-# ---------------------------------------------------------------------------------------------
+# ---- The lesson: what is counted -----------------------------------------------------------------
 
 
 def score_findings(stated, records, bootstrap, have=True):
@@ -162,9 +158,7 @@ def frechet(a, b):
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root)
 
 
-# ---------------------------------------------------------------------------------------------
-# The lesson: the evaluation, one function for each way to use a model
-# ---------------------------------------------------------------------------------------------
+# ---- The lesson: the evaluation, one function for each way to use a model ------------------------
 
 
 @dataclass
@@ -318,9 +312,7 @@ def evaluate_masks(model, vocab, vqgan, bench):
     return result
 
 
-# ---------------------------------------------------------------------------------------------
-# For consultation: the finding reader
-# ---------------------------------------------------------------------------------------------
+# ---- For consultation: the finding reader --------------------------------------------------------
 
 
 class FindingReader(nn.Module):
@@ -402,9 +394,7 @@ def read_drawings(reader, x, autocast):
     return findings, labels, features
 
 
-# ---------------------------------------------------------------------------------------------
-# For consultation: models on disk, and the evaluation as a program
-# ---------------------------------------------------------------------------------------------
+# ---- For consultation: models on disk, and the evaluation as a program ---------------------------
 
 
 def load_vqgan_of(cfg, device):
@@ -525,9 +515,7 @@ def print_table(written, names, bench):
           "lower is better\n[95 % bootstrap interval; differences are paired]. Not for clinical use.")
 
 
-# ---------------------------------------------------------------------------------------------
-# For consultation: pictures
-# ---------------------------------------------------------------------------------------------
+# ---- For consultation: pictures ------------------------------------------------------------------
 
 
 INK, GRID, PALE = (20, 20, 20), (222, 222, 222), (255, 255, 255)
@@ -671,9 +659,7 @@ def plot(title, series, width, height):
     return image
 
 
-# ---------------------------------------------------------------------------------------------
-# For consultation: one's own images
-# ---------------------------------------------------------------------------------------------
+# ---- For consultation: one's own images ----------------------------------------------------------
 
 
 def read_user_image(path, cfg):

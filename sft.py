@@ -64,9 +64,7 @@ SHAPES = {"tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=
                        num_key_value_heads=4)}
 
 
-# ---------------------------------------------------------------------------------------------
-# The lesson: the joint vocabulary and the prompts of the four tasks
-# ---------------------------------------------------------------------------------------------
+# ---- The lesson: the joint vocabulary and the prompts of the four tasks --------------------------
 
 TASKS = ("report", "generate", "ask", "segment")
 INSTRUCTIONS = {"report": ("Write the report.", "Describe this image.", "What does this image show?"),
@@ -166,9 +164,7 @@ class Vocabulary:
         return cls(tokenizer, tokenizer.get_vocab_size() - tokenizer.token_to_id("<img_0>"))
 
 
-# ---------------------------------------------------------------------------------------------
-# The lesson: four ways to use a model. Images come and go as codes, n rows of (N,); options are generate's.
-# ---------------------------------------------------------------------------------------------
+# ---- The lesson: four ways to use a model. Images come and go as codes, n rows of (N,); options are generate's. 
 
 
 def sample_words(model, vocab, prompts, temperature=0.0, seed=0, **options):
@@ -213,9 +209,7 @@ def dice(a, b):
     return 1.0 if total == 0 else 2 * float((a & b).sum()) / float(total)
 
 
-# ---------------------------------------------------------------------------------------------
-# The lesson: examples and batches
-# ---------------------------------------------------------------------------------------------
+# ---- The lesson: examples and batches ------------------------------------------------------------
 
 MASKS_EACH = 2
 
@@ -296,9 +290,7 @@ def make_batch(studies, cfg, shares, vocab, step, device):
     return collate(examples, vocab.pad, device)
 
 
-# ---------------------------------------------------------------------------------------------
-# The lesson: training
-# ---------------------------------------------------------------------------------------------
+# ---- The lesson: training ------------------------------------------------------------------------
 
 
 def response_loss(model, ids, labels):
@@ -384,9 +376,7 @@ def train(cfg):
     tqdm.write(f"wrote {cfg.out}/sft (best validation score {best_score:.3f})")
 
 
-# ---------------------------------------------------------------------------------------------
-# For consultation: loading what is on disk, and --init
-# ---------------------------------------------------------------------------------------------
+# ---- For consultation: loading what is on disk, and --init ---------------------------------------
 
 
 def load_vqgan(cfg, device, init=""):

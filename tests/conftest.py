@@ -1,8 +1,10 @@
-"""What the tests share: the repository root on sys.path, one thread, toy image tokenizers, one tiny model."""
+"""What the tests share: the repository root on sys.path, one thread, toy image tokenizers, tiny models and folders."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +13,14 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)
 
+import dpo  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 
 class Means:
     """A tokenizer of images: the mean of each 8x8 patch in 33 steps."""
+
+    config, device = SimpleNamespace(channels=1), torch.device("cpu")
 
     def encode(self, x):
         return ((F.avg_pool2d(x.mean(1, keepdim=True), 8).flatten(1) + 1) * 16).round().long()
@@ -23,6 +28,8 @@ class Means:
 
 class Blind:
     """A tokenizer that gives every image the same codes."""
+
+    config, device = SimpleNamespace(channels=1), torch.device("cpu")
 
     def encode(self, x):
         return torch.zeros(len(x), 4, dtype=torch.long)
@@ -50,11 +57,24 @@ def gpt(tiny):
     return model
 
 
+def contents(folder):
+    """{path: (size, time of the last change)} of all that a folder holds; of folders the name alone."""
+    stat = lambda path: (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+    return {str(path.relative_to(folder)): stat(path) for path in folder.rglob("*")}
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """An out/ folder with every stage of `--preset tiny`: dpo.py trains what is missing, then the control."""
-    import dpo
+    """An out/ folder with every stage of `--preset tiny` and the control. No test may write to it: see `out`."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    dpo.main(["--preset", "tiny", "--out", str(out), "--dtype", "float32"])
-    dpo.main(["--preset", "tiny", "--out", str(out), "--dtype", "float32", "--objective", "sft"])
-    return out
+    for objective in ("bidpo", "sft"):               # the first trains the stages that are missing
+        dpo.main(["--preset", "tiny", "--out", str(out), "--dtype", "float32", "--objective", objective])
+    before = contents(out)
+    yield out
+    assert contents(out) == before, "a test wrote to the shared folder; it must take the fixture `out`"
+
+
+@pytest.fixture
+def out(trained, tmp_path):
+    """A copy of `trained` for a test that writes."""
+    return shutil.copytree(trained, tmp_path / "out")

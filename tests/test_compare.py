@@ -90,9 +90,9 @@ def test_the_figures_show_what_could_not_be_counted_as_a_dash():
 
 def test_the_figures_show_the_recipes_that_all_seeds_have_the_default_first():
     """A metric that no evaluation has, as drawing of files without findings, has no row."""
-    one, two = evaluation(["bidpo-c2", "bidpo"], list(ROWS)[:-1]), evaluation(["bidpo"])
+    one, two = evaluation(["another", "bidpo"], list(ROWS)[:-1]), evaluation(["bidpo"])
     header, _, *rows = compare.figures_table([one, one]).splitlines()
-    assert header.startswith("| metric | SFT | control | bidpo | bidpo-c2 | bidpo − control")
+    assert header.startswith("| metric | SFT | control | bidpo | another | bidpo − control")
     assert [row.split(" | ")[0] for row in rows] == [f"| {title}" for title in list(ROWS.values())[:-1]]
     header, _, *rows = compare.figures_table([one, two]).splitlines()
     assert header == "| metric | SFT | control | bidpo | bidpo − control, by seed |" and len(rows) == len(ROWS) - 1
@@ -162,9 +162,11 @@ def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys,
     written = tmp_path / "r/results/bias0.9-seed0.json"
     first, made = json.loads(written.read_text()), (folder / "control/model.safetensors").stat().st_mtime_ns
     assert (tmp_path / "runs/shared/reader").exists()
+    compare.write_results(written, first | {"bidpo-own": {}})                           # as if its folder were gone since
     compare.main([*flags, "control", "dpo", "dpo-flip30"])
     second, whole = json.loads(written.read_text()), json.loads((folder / "eval.json").read_text())
-    assert second.keys() == whole.keys() - {"vqgan"} | {"dpo-flip30 minus dpo"} and second["control"] == first["control"]
+    assert second.keys() == whole.keys() - {"vqgan"} | {"dpo-flip30 minus dpo", "bidpo-own"}
+    assert second["control"] == first["control"]
     assert (folder / "control/model.safetensors").stat().st_mtime_ns == made
     assert second["dpo minus control"].items() <= whole["dpo minus control"].items()
     assert second["dpo"]["report/greedy/recall"] == whole["dpo"]["report/greedy/recall"]
