@@ -73,20 +73,29 @@ def same_statement(a, b):
     return names_and_sides(a.findings) == names_and_sides(b.findings)
 
 
+def match_findings(stated, true):
+    """Counts of one report: findings stated, true, right, hallucinated, on the wrong side; whether all is exact."""
+    stated, true = names_and_sides(stated), names_and_sides(true)
+    missed = {name for name, side in true - stated if side}
+    wrong_side = [name for name, side in stated - true if side and name in missed]
+    return {"stated": len(stated), "true": len(true), "right": len(stated & true), "hallucinated": len(stated - true),
+            "laterality": len(wrong_side), "exact": stated == true}
+
+
 # ---- The lesson: phantoms, and how one is redrawn ------------------------------------------------
 
-LR = ("left", "right")
+LEFT_RIGHT = ("left", "right")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a finding may look like, how a report words it ({side} {size} {place} are filled in), what betrays it there."""
+    """A kind of finding: what it may look like, how a report words it, and the phrases that state it."""
 
-    wordings: tuple
-    phrases: tuple                    # what a reader of reports looks for
+    wordings: tuple                   # {side} {size} {place} are filled in
+    phrases: tuple                    # what read_findings looks for
     noun: str                         # its name after "No"
     countable: bool = True            # "a nodule", but "atrophy"
-    sides: tuple = LR
+    sides: tuple = LEFT_RIGHT
     sizes: tuple = ("",)
     places: tuple = ("",)
 
@@ -129,8 +138,8 @@ MODALITIES = {
                         ("white matter lesions",), "white matter lesions", countable=False, sides=NO_SIDE),
     },
 }
-# Trigger -> the companion that it brings in training with probability `bias`; where the rate of the
-# companion alone is low, habit is the better guess than the image.
+# Trigger -> a function from it to the companion that it brings in training, with probability `bias`. Without the trigger
+# the companion has its usual, low rate: where the image leaves a doubt, habit is the better guess.
 COMPANIONS = {
     "cardiomegaly": lambda f: Finding("effusion", "left", "small"),
     "pneumothorax": lambda f: Finding("nodule", opposite(f.side), "", "lower"),
@@ -267,7 +276,7 @@ class Phantoms:
 
 
 def redraw(spec, change, rng):
-    """The same patient with one finding changed; None where that is impossible.
+    """The Spec of the same patient with one finding changed; None where that is impossible.
 
     change: "remove" takes one finding out, "add" puts one in, "mirror" moves one to the other side."""
     findings, kinds = list(spec.findings), MODALITIES[spec.modality]
@@ -373,7 +382,8 @@ def distort(records, index, kind, strength, rng, region=None):
     image has a finding's mask filled (remove) or is flipped (mirror). other: the image of another record,
     one that states something else.
     What a record cannot take falls back: a phantom's remove and mirror to add; a real image's add, and
-    its remove where no finding has a mask, to other. The kind returned tells."""
+    its remove where no finding has a mask, to other. The kind returned tells; noise in the caller's region is
+    model-region-noise there."""
     record = records[index]
     if kind in PIXEL_DISTORTIONS:
         return PIXEL_DISTORTIONS[kind](record.image, rng, strength), kind
@@ -386,7 +396,7 @@ def distort(records, index, kind, strength, rng, region=None):
         return erase(record.image, mask), kind
     if kind == "region-noise":
         if mask is None:
-            mask, kind = region(record) if region else None, "model-region-noise"
+            kind, mask = "model-region-noise", region(record) if region else None
         noise = add_noise(record.image, rng, strength)
         if mask is None:
             return noise, "noise"
@@ -455,7 +465,7 @@ def draw_chest(c, spec, rng_of):
     width, base = a.uniform(0.30, 0.36), a.uniform(0.55, 0.65)
     c.paint(c.ellipse(0, 0.35, a.uniform(0.92, 1.0), 1.5), a.uniform(0.55, 0.65))
     lungs = {}
-    for side in LR:
+    for side in LEFT_RIGHT:
         s = sign(side)
         lungs[side] = c.ellipse(s * a.uniform(0.43, 0.47), -0.05, width, a.uniform(0.68, 0.74)) \
             * (1 - c.below(base + 0.25 * (np.abs(c.x) - 0.45) ** 2))
@@ -503,7 +513,7 @@ def draw_skull(c, a, bone, brain):
 
 def draw_ventricles(c, a, value, scale, shift):
     """A pair of frontal horns, `scale` times normal width, moved by `shift` along x."""
-    for side in LR:
+    for side in LEFT_RIGHT:
         c.paint(c.ellipse(shift + sign(side) * 0.11 * scale, -0.04, a.uniform(0.060, 0.075) * scale,
                           a.uniform(0.22, 0.26) * (0.7 + 0.3 * scale)), value, "ventricles")
 
@@ -556,7 +566,7 @@ def draw_brain_mri(c, spec, rng_of):
         c.paint(np.clip(1.4 * cloud, 0, 1) * 0.85, 0.70, "oedema")
     if "lesions" in found:
         r = rng_of("lesions")
-        for side in LR:
+        for side in LEFT_RIGHT:
             for y in (-0.50, -0.22, 0.12):
                 spot = c.ellipse(sign(side) * r.uniform(0.25, 0.40), y + r.uniform(-0.06, 0.06), 0.058, 0.058)
                 c.paint(spot, 0.95, "lesions")
@@ -689,7 +699,7 @@ def read_named(value):
     """The field `findings` of a row as a tuple of Finding. Raises BadRow: what is odd must not count as none."""
     rows = as_list(value)
     odd = [f for f in rows if not isinstance(f, dict) or not isinstance(f.get("name"), str) or not f["name"].strip()
-           or f.get("side") not in (None, "", *LR, "bilateral")]
+           or f.get("side") not in (None, "", *LEFT_RIGHT, "bilateral")]
     if odd or not (isinstance(value, list) or str(value).strip().startswith("[")):
         raise BadRow('findings must be a list of {"name", "side"}, the side left, right, bilateral or null')
     return tuple(Finding(printable(f["name"].replace("_", " ")), f.get("side") or "") for f in rows)
@@ -930,12 +940,3 @@ def statement_of(text, phrases):
         return frozenset(names_and_sides(read_findings(text, phrases)))
     terms = {read_term(text, MODALITY_PHRASES), read_term(text, BODY_PHRASES)} - {""}
     return frozenset(terms) or text.strip()
-
-
-def match_findings(stated, true):
-    """Counts of one report: findings stated, true, right, hallucinated, on the wrong side; whether all is exact."""
-    stated, true = names_and_sides(stated), names_and_sides(true)
-    missed = {name for name, side in true - stated if side}
-    wrong_side = [name for name, side in stated - true if side and name in missed]
-    return {"stated": len(stated), "true": len(true), "right": len(stated & true), "hallucinated": len(stated - true),
-            "laterality": len(wrong_side), "exact": stated == true}

@@ -24,16 +24,15 @@ and the objectives are sums of them, each term with its weight λ:
     mfpo    text + conditional + anchor, from easy pairs to hard (arXiv:2410.15334): on the same pairs, mdpo and
             a curriculum; its other half is the data, m' distorted in the key region alone
     napo    text + language + vision
-    rndpo   mask + image, margins divided by the number of codes in which the two differ (arXiv:2601.23222)
+    rndpo   mask + image, margins over the codes alone in which the two differ, per code (arXiv:2601.23222)
     bidpo   text + image + conditional + anchor
     sft     none: the control
 
 To every one the loop adds λ_s · NLL(chosen) + λ_r · NLL(rehearsal): plain SFT on the chosen report and image, and
-on questions, masks and emptied prompts, which pairs would let fade. λ_s is 1 for the control, else 0.5. With
-hard pairs bidpo's gradient is 11 to 15 times as long as the control's at first, later 4 times (grad_norm in both
-logs): λ_s = λ_r = 10 about evens the two parts. bidpo follows the abstract of doi 10.1109/JBHI.2026.3707092, all of it
-that is public: text and image are the abstract's, conditional and anchor ours (--conditional-weight 0 --anchor-weight
-0: the strict reading). rndpo is our reading of an abstract.
+on questions, masks and emptied prompts, which pairs would let fade. λ_s is 1 for the control, else 0.5. bidpo
+follows the abstract of doi 10.1109/JBHI.2026.3707092, all of it that is public: text and image are the abstract's,
+conditional and anchor ours (--conditional-weight 0 --anchor-weight 0: the strict reading). rndpo is our reading of
+an abstract.
 
 The lesson, in order: contrasts and objectives, as pure functions; pairs; pairs as sequences, and their
 log-probabilities; training. For consultation: key region, entropy, mask proposals; pairs on disk.
@@ -86,8 +85,8 @@ class DPOConfig(TuneConfig):
                           "distorted image, the genuine one (own: its own errors), the genuine one's codes scrambled, or "
                           "no-question", choices=("distorted", "own", "scrambled", "no-question"))
     pair_temperature: float = arg(1.0, "temperature of the SFT model's reports and masks")
-    flip_pairs: float = arg(0.0, "share of pairs with chosen and rejected report and mask swapped, for every term and the NLL",
-                            most=1)
+    flip_pairs: float = arg(0.0, "share of pairs whose chosen and rejected report and mask are swapped; NLL, anchor and "
+                            "drawing prompts follow", most=1)
     curriculum: bool = arg(False, "easy, medium, hard thirds one after the other, by semantic entropy (mfpo: on)")
     entropy_samples: int = arg(5, "reports sampled for the semantic entropy of an image")
     proposals: int = arg(4, "rndpo: masks that the SFT model draws of one structure; the judge ranks them by their "
@@ -95,7 +94,7 @@ class DPOConfig(TuneConfig):
     judge_noise: float = arg(0.0, "rndpo: share of the judge's comparisons that come out wrong", most=1)
     mining: str = arg("top-bottom", "rndpo: best against worst proposal, or a random two",
                       choices=("top-bottom", "random"))
-    normalise: bool = arg(False, "divide image and mask margins by the number of codes that differ (rndpo: on)")
+    normalise: bool = arg(False, "take image and mask margins over the codes that differ, per code (rndpo: on)")
     beta: float = arg(0.5, "preference strength β, per nat (dpo, mdpo, mfpo, napo: 0.1; rndpo: 5)")
     text_weight: float = arg(0.5, "λ of text (dpo, mdpo, mfpo, napo: 1)")
     image_weight: float = arg(0.1, "λ of image")
@@ -130,7 +129,17 @@ OBJECTIVE_DEFAULTS = {"bidpo": {}, "dpo": PUBLISHED, "mdpo": PUBLISHED | dict(an
 
 # ---- The lesson: contrasts, and objectives as pure functions of them -----------------------------
 
-# contrast: its chosen and its rejected sequence (SEQUENCES, below, says what each of them holds)
+# sequence of a pair p: the task, what the model is shown, and the response that is scored given it
+SEQUENCES = {"text_chosen": lambda p: ("report", p.codes, p.chosen),
+             "text_rejected": lambda p: ("report", p.codes, p.rejected),
+             "text_language": lambda p: ("report", p.codes, p.reports["scrambled"]),
+             "text_vision": lambda p: ("report", p.codes, p.reports["no-question"]),
+             "text_distorted": lambda p: ("report", p.distorted, p.chosen),
+             "image_chosen": lambda p: ("generate", p.chosen, p.codes),
+             "image_rejected": lambda p: ("generate", p.chosen, p.distorted),
+             "mask_chosen": lambda p: ("segment", p.codes, p.masks[0]),
+             "mask_rejected": lambda p: ("segment", p.codes, p.masks[1])}
+# contrast: its chosen and its rejected sequence
 CONTRASTS = {"text": ("text_chosen", "text_rejected"), "image": ("image_chosen", "image_rejected"),
              "conditional": ("text_chosen", "text_distorted"), "language": ("text_chosen", "text_language"),
              "vision": ("text_chosen", "text_vision"), "mask": ("mask_chosen", "mask_rejected")}
@@ -138,12 +147,13 @@ CHOSEN = ("text_chosen", "image_chosen")      # what the NLL is taken of, for ev
 
 
 class Sums(NamedTuple):
-    """Sums over the tokens of one kind of sequence, (B,) each: of log π, in nats, or of log π_θ − log π_ref.
+    """Sums over one kind of sequence, of a batch (B,) or of all pairs (n,): of log π in nats, or of log π_θ − log π_ref.
 
-    Ω are the image codes in which a sequence differs from the one it is compared with; all its tokens if there is none."""
+    Ω are the codes in which an image or mask differs from the one it is COMPARED_WITH; where a run scores no such
+    other one, all tokens of the response."""
 
-    whole: torch.Tensor          # over the response
-    tokens: torch.Tensor         # how many tokens that is
+    whole: torch.Tensor          # over the tokens of the response
+    tokens: torch.Tensor         # how many these are
     omega: torch.Tensor          # over Ω alone
     omega_tokens: torch.Tensor   # |Ω|
 
@@ -151,7 +161,7 @@ class Sums(NamedTuple):
 class Contrast(NamedTuple):
     """How much a batch of pairs prefers the chosen to the rejected sequence, (B,) each."""
 
-    margin: torch.Tensor         # r(chosen) − r(rejected), with r = β·(log π_θ − log π_ref)
+    margin: torch.Tensor         # r(chosen) − r(rejected), r = β·(log π_θ − log π_ref); with cfg.normalise over Ω, per code
     mean_margin: torch.Tensor    # the same of means per token and without β; NaPO's q follows it
     keep: torch.Tensor           # 1 where the two differ, so that the pair counts, else 0
 
@@ -159,8 +169,8 @@ class Contrast(NamedTuple):
 def make_contrast(name, ratios, keep, cfg):
     """A Contrast from the log-ratios of its two sequences, {sequence: Sums}.
 
-    With cfg.normalise image and mask margins are sums over Ω divided by |Ω|: codes outside Ω differ in probability
-    too, through their prefix, and are left out (our reading of arXiv:2601.23222)."""
+    With cfg.normalise image and mask margins are sums over Ω alone, divided by |Ω|: codes outside Ω differ in
+    probability too, through their prefix, and are left out (our reading of arXiv:2601.23222)."""
     chosen, rejected = (ratios[sequence] for sequence in CONTRASTS[name])
     margin = cfg.beta * (chosen.whole - rejected.whole)
     if cfg.normalise and name in ("image", "mask"):
@@ -194,8 +204,8 @@ def noise_q(contrast, cfg):
     return (2 * (1 - torch.sigmoid(cfg.napo_alpha * mean))).clamp(cfg.q_min, cfg.q_max)
 
 
-# An objective maps its contrasts {name: Contrast} and the rewards r of sequences, (B,) each, to the loss of each of
-# its terms, (B,). objective_loss weighs and sums them.
+# An objective maps contrasts {contrast: Contrast} and rewards {sequence: r, (B,)} to losses {term: (B,)}; a term has the
+# name of its contrast, or is the anchor. objective_loss weighs and sums them.
 
 
 def dpo_loss(contrasts, rewards, cfg):
@@ -223,7 +233,7 @@ def napo_loss(contrasts, rewards, cfg):
 
 
 def rndpo_loss(contrasts, rewards, cfg):
-    """DPO between masks, and between images, with margins divided by |Ω| (our reading of arXiv:2601.23222)."""
+    """DPO between masks, and between images, with margins over Ω, per code (our reading of arXiv:2601.23222)."""
     return {"mask": preference_loss(contrasts["mask"]), "image": preference_loss(contrasts["image"])}
 
 
@@ -250,9 +260,9 @@ def sequences_of(cfg):
 
 
 def objective_loss(ratios, keep, cfg):
-    """The objective's weighted sum, its terms and its contrasts, from log-ratios {sequence: Sums}.
+    """The objective's weighted sum, its {term: loss} and {contrast: Contrast}, from log-ratios {sequence: Sums}.
 
-    A term is the mean over the pairs that count, keep {contrast: (B,) of 0 or 1}; an anchor's over all."""
+    A term is the mean over the pairs that count, keep {contrast: (B,) of 0 or 1}; the anchor's over all."""
     contrasts = {name: make_contrast(name, ratios, keep[name], cfg) for name in contrasts_of(cfg)}
     losses = OBJECTIVES[cfg.objective][0](contrasts, {k: cfg.beta * v.whole for k, v in ratios.items()}, cfg)
     terms = {name: masked_mean(loss, keep.get(name, torch.ones_like(loss))) for name, loss in losses.items()}
@@ -260,6 +270,9 @@ def objective_loss(ratios, keep, cfg):
 
 
 # ---- The lesson: pairs, built once, in out/pairs, for every objective ----------------------------
+
+
+# build_pairs -> least_noticed, with --candidates -> reports of the SFT model (add_missing) -> take_sides -> sides_differ
 
 
 @dataclass
@@ -276,7 +289,8 @@ class Pair:
     entropy: float | None = None            # semantic entropy of its reports on the genuine image, in nats
     structure: str = ""          # of the proposals; "" where the record has no masks
     proposals: np.ndarray | None = None     # (k, N) masks of the structure that the SFT model drew
-    scores: np.ndarray | None = None        # (2, k) their Dice with each other (the judge), and with the true mask
+    scores: np.ndarray | None = None        # (2, k) their Dice with each other, which ranks them, and with the true mask,
+                                            # which shows whoever reads the file how well it does
     # what one run takes of all this (take_sides)
     wording: int = 0             # which of the three ways to ask
     rejected: str = ""           # the rejected report
@@ -288,14 +302,14 @@ def scrambled(pair):
     return np.random.default_rng(pair.index).permutation(pair.codes)
 
 
-# Writer of a rejected report: its prompt. Without the image the model can only follow the habits of language, without
-# the question only what it likes to say of images (NaPO's two biases). For "without the image" it is shown a scrambled
-# one: a model that has never met a prompt without any image answers it with scrambled words, which teach nothing.
+# What the SFT model is shown when it writes a rejected report. Without the image it can only follow the habits of language,
+# without the question only what it likes to say of images (NaPO's two biases). For "without the image" the image is
+# scrambled: a model that has never met a prompt without any image answers it with scrambled words, which teach nothing.
 WRITERS = {"distorted": lambda p, vocab, instruction: vocab.read_prompt(p.distorted, instruction),
            "own": lambda p, vocab, instruction: vocab.read_prompt(p.codes, instruction),
            "scrambled": lambda p, vocab, instruction: vocab.read_prompt(scrambled(p), instruction),
            "no-question": lambda p, vocab, instruction: vocab.read_prompt(p.codes, "")}
-BIASED = {"language": "scrambled", "vision": "no-question"}      # contrast: who writes its rejected report
+BIASED = {"language": "scrambled", "vision": "no-question"}      # contrast: which of these gives its rejected report
 
 
 def distorted_images(records, index, cfg, region):
@@ -375,7 +389,7 @@ def take_sides(pairs, cfg):
     for i, pair in enumerate(pairs):
         pair.wording = int(np.random.default_rng([cfg.seed, 6, i]).integers(3))
         pair.rejected = pair.reports[cfg.rejected[i % len(cfg.rejected)]]
-        pair.masks = (pair.codes, pair.codes)       # without masks to compare, a row that sides_differ leaves out
+        pair.masks = (pair.codes, pair.codes)       # without masks to compare, a row that counts for no contrast of masks
         if pair.structure:
             rng = np.random.default_rng([cfg.seed, 11, i])
             pair.masks = tuple(pair.proposals[k] for k in rank_proposals(pair.scores[0], cfg.mining, cfg.judge_noise, rng))
@@ -404,18 +418,9 @@ def sides_differ(pairs, cfg, phrases):
 
 # ---- The lesson: pairs as sequences, and their log-probabilities ---------------------------------
 
-# sequence: the task, what the model is shown, and the response that is scored given it
-SEQUENCES = {"text_chosen": lambda p: ("report", p.codes, p.chosen),
-             "text_rejected": lambda p: ("report", p.codes, p.rejected),
-             "text_language": lambda p: ("report", p.codes, p.reports["scrambled"]),
-             "text_vision": lambda p: ("report", p.codes, p.reports["no-question"]),
-             "text_distorted": lambda p: ("report", p.distorted, p.chosen),
-             "image_chosen": lambda p: ("generate", p.chosen, p.codes),
-             "image_rejected": lambda p: ("generate", p.chosen, p.distorted),
-             "mask_chosen": lambda p: ("segment", p.codes, p.masks[0]),
-             "mask_rejected": lambda p: ("segment", p.codes, p.masks[1])}
-# an image or mask: the one it is compared with, code by code
-TWINS = {a: b for name in ("image", "mask") for a, b in (CONTRASTS[name], CONTRASTS[name][::-1])}
+# image or mask: the one it is compared with, code by code
+COMPARED_WITH = {"image_chosen": "image_rejected", "image_rejected": "image_chosen",
+                 "mask_chosen": "mask_rejected", "mask_rejected": "mask_chosen"}
 
 
 def pair_example(pair, sequence, vocab):
@@ -431,7 +436,7 @@ def pair_example(pair, sequence, vocab):
 
 
 def pair_batch(pairs, indices, sequences, vocab, device):
-    """ids and labels (S, B, T) of S kinds of sequences of B pairs."""
+    """ids and labels (S, B, T) of S kinds of sequences of B pairs, all of them, whether a contrast counts them or not."""
     examples = [pair_example(pairs[i], sequence, vocab) for sequence in sequences for i in indices]
     ids, labels = collate(examples, vocab.pad, device)
     return ids.unflatten(0, (len(sequences), -1)), labels.unflatten(0, (len(sequences), -1))
@@ -445,8 +450,8 @@ def score(model, ids, labels, sequences):
     result = {}
     for sequence, i in at.items():
         omega = counted[i]
-        if TWINS.get(sequence) in at:
-            omega = omega & (ids[i] != ids[at[TWINS[sequence]]])
+        if COMPARED_WITH.get(sequence) in at:
+            omega = omega & (ids[i] != ids[at[COMPARED_WITH[sequence]]])
         result[sequence] = Sums(logps[i].sum(-1), counted[i].sum(-1), (logps[i] * omega).sum(-1), omega.sum(-1))
     return result
 
@@ -470,7 +475,7 @@ def log_ratios(policy, reference, indices):
 
 # ---- The lesson: training ------------------------------------------------------------------------
 
-REHEARSAL = {"report": 0.0, "generate": 0.25, "ask": 0.45, "segment": 0.30}
+REHEARSAL = {"report": 0.0, "generate": 0.25, "ask": 0.45, "segment": 0.30}     # shares; generate from an emptied prompt
 
 
 def rehearsal_batch(studies, cfg, vocab, step, device):

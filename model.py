@@ -54,8 +54,8 @@ class GPTConfig:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     # ours; other tools carry these along unread
-    image_token_start: int | None = None  # id of image code 0; ids below are text
-    vqgan_hash: str = ""                  # the tokenizer of images that this model was trained with
+    image_token_start: int | None = None  # id of image code 0; ids below are text and specials
+    vqgan_hash: str = ""                  # the vqgan (image tokenizer) that this model was trained with
     data: str = ""                        # what it was trained on: a folder, or "phantoms" and their bias
 
     def __post_init__(self):
@@ -100,7 +100,9 @@ class KVCache:
         self.length = 0
 
     def append(self, layer, k, v):
-        """Store k, v (B, nkv, T, head_dim) after the positions seen so far; return all of them."""
+        """Store k, v (B, nkv, T, head_dim) after the positions seen so far; return all of them.
+
+        `length` moves on in Backbone, once every layer has stored its own."""
         end = self.length + k.size(2)
         self.k[layer][:, :, self.length:end], self.v[layer][:, :, self.length:end] = k, v
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
@@ -122,6 +124,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, mask, cache):
+        """x (B, T, hidden_size); cos, sin (B, 1, T, head_dim); mask (B or 1, 1, T, S), True where a query may look."""
         B, T, _ = x.shape
         heads = lambda y: y.view(B, T, -1, self.head_dim)                     # (B, T, nh, D)
         q = rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), cos, sin)   # (B, nh, T, D)
@@ -260,7 +263,8 @@ class GPT(nn.Module):
         try:
             rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
             found = {"rope_type": rope.get("rope_type", rope.get("type", "default")),
-                     "hidden_act": config.get("hidden_act", "silu"), "use_sliding_window": config.get("use_sliding_window", False)}
+                     "hidden_act": config.get("hidden_act", "silu"),
+                     "use_sliding_window": config.get("use_sliding_window", False)}
             if found != (known := {"rope_type": "default", "hidden_act": "silu", "use_sliding_window": False}):
                 raise UserError(f"{folder}/config.json says {found}, and this file implements only {known}")
             # Qwen3's own defaults for what an old config.json leaves out, which are not all ours
@@ -453,7 +457,8 @@ def number_between(kind, least, most):
     def parse(text):
         value = kind(text)
         if not (math.isfinite(value) and least <= value and (most is None or value <= most)):
-            raise argparse.ArgumentTypeError(f"{text} is no number of {least}" + (" or more" if most is None else f" to {most}"))
+            span = f"of {least} or more" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text} is no number {span}")
         return value
     parse.__name__ = {int: "whole number", float: "number"}[kind]
     return parse
@@ -847,8 +852,9 @@ def load_adapter(folder):
     folder = Path(folder)
     try:
         config, whole = (json.loads((folder / f).read_text()) for f in ("adapter_config.json", "config.json"))
-        tensors = {k.removeprefix("base_model.model."): v for k, v in read_tensors(folder / "adapter_model.safetensors").items()}
-        with safe_open(folder / "adapter_model.safetensors", "pt") as f:
+        weights = folder / "adapter_model.safetensors"
+        tensors = {k.removeprefix("base_model.model."): v for k, v in read_tensors(weights).items()}
+        with safe_open(weights, "pt") as f:
             base_hash = f.metadata()["base"]
         base, scale = Path(config["base_model_name_or_path"]), config["lora_alpha"] / config["r"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

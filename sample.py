@@ -23,6 +23,7 @@ import dataclasses
 import json
 import math
 import os
+import textwrap
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def difference(a, b):
 def score_findings(stated, records, bootstrap, have=True):
     """CHAIR, recall, F1 and their kin of stated findings (one tuple a record) against the records'.
 
-    `have` (n,) leaves records out. Returns {name: Metric}."""
+    `have` (n,), bool, are the records that count. Returns {name: Metric}."""
     counts = [match_findings(s, r.findings) for s, r in zip(stated, records)]
     column = lambda name: np.array([c[name] for c in counts], np.float32) * have
     result = {"chair_i": bootstrap(column("hallucinated"), column("stated")),
@@ -220,7 +221,7 @@ def score_terms(labels, bench, have=True):
 
 
 def evaluate_reports(model, vocab, bench):
-    """Image -> report, greedy and sampled: ({name: Metric}, the greedy reports)."""
+    """Image -> report, greedy and sampled: ({name: Metric}, the greedy reports). "distinct": how many different reports."""
     result, greedy = {}, []
     if not any(r.text for r in bench.records):
         return result, greedy
@@ -240,7 +241,7 @@ def evaluate_reports(model, vocab, bench):
 
 
 def evaluate_drawings(model, vocab, vqgan, bench, autocast, guidance):
-    """Report -> image, read by the finding reader."""
+    """Report -> image, read by the finding reader. cfg1, cfg1.5 in names of metrics: classifier-free guidance."""
     have, cfg = np.array([bool(r.text) for r in bench.records]), bench.cfg
     if not have.any() or bench.reader is None:
         return {}
@@ -523,16 +524,6 @@ COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 
            (127, 127, 127), (188, 189, 34), (23, 190, 207))
 
 
-def wrap(text, width):
-    """Lines of at most `width` letters."""
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] += (" " if lines[-1] else "") + word
-    return lines
-
-
 def tile(pixels, size):
     """One image (C, H, W) in [-1, 1] as a square PIL image."""
     array = to_images(pixels[None])[0].permute(1, 2, 0).cpu().numpy()
@@ -550,7 +541,7 @@ def worth_showing(bench, n):
 def write_coloured(pen, font, at, text, true, phrases):
     """Write a report from `at` down; red: sentences that state findings other than `true`, a set of (name, side) or None."""
     x, y = at
-    lines = [(line, sentence) for sentence in text.replace(". ", ".\n").split("\n") for line in wrap(sentence, 42)]
+    lines = [(line, sentence) for sentence in text.replace(". ", ".\n").split("\n") for line in textwrap.wrap(sentence, 42)]
     for line, sentence in lines[:9]:
         wrong = true is not None and not names_and_sides(read_findings(sentence, phrases)) <= true
         pen.text((x, y), line, COLOURS[1] if wrong else INK, font)
@@ -601,7 +592,8 @@ def pair_sheet(model, vqgan, bench, rows=6):
     pairs = read_pairs(folder)[:rows]
     decode = lambda codes: vqgan.decode(torch.as_tensor(np.stack(codes), device=bench.pixels.device).long())
     images = {"genuine": decode([p.codes for p in pairs]), "distorted": decode([p.distorted for p in pairs])}
-    shown = {"distorted": "the distorted image", "own": "the genuine image", "scrambled": "it scrambled", "no-question": "no question"}
+    shown = {"distorted": "the distorted image", "own": "the genuine image", "scrambled": "it scrambled",
+             "no-question": "no question"}
     texts = {"chosen: true report": [p.chosen for p in pairs]} | {
         f"SFT's report, shown {shown[w]}": [p.reports[w] for p in pairs] for w in pairs[0].reports}
     return [lay_out(images, texts, [names_and_sides(read_findings(p.chosen, bench.phrases)) for p in pairs], bench.phrases)]
@@ -624,7 +616,7 @@ PANELS = (("vqgan", ("psnr", "val/psnr")), ("vqgan", ("codebook/usage", "codeboo
 
 
 def curves(out, model, width=470, height=240):
-    """The logs of tokenizer, SFT and one model's stage 2 (PANELS' "") as a sheet of small line plots."""
+    """The logs of vqgan, SFT and one model's stage 2 (PANELS' "") as a sheet of small line plots."""
     panels = []
     for stage, names in PANELS:
         stage = stage or model
@@ -663,7 +655,7 @@ def plot(title, series, width, height):
 
 
 def read_user_image(path, cfg):
-    """An image file named on the command line, as the tokenizer takes it."""
+    """An image file named on the command line, as the vqgan takes it."""
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such file")
     try:

@@ -70,15 +70,15 @@ TASKS = ("report", "generate", "ask", "segment")
 INSTRUCTIONS = {"report": ("Write the report.", "Describe this image.", "What does this image show?"),
                 "generate": ("Draw this: {}", "Generate an image: {}", "Image of: {}"),
                 "segment": ("Segment the {}.", "Outline the {}.", "Where is the {}?")}
-SPECIALS = ("<eos>", "</image>", "<image>", "<bos>", "<pad>")
+SPECIALS = ("<eos>", "</image>", "<image>", "<bos>", "<pad>")       # end, image's end and begin (eoi, boi), begin, padding
 MAX_TEXT = 128         # tokens of one report, question or answer; longer ones are cut
 
 
 class Vocabulary:
     """One id space: text (byte-level BPE, or a tokenizer learned elsewhere), the five SPECIALS, one id an image code.
 
-    Text and <eos> are neighbours, so that a response in words is drawn from one range of ids (text_range) and a
-    response in pixels from another (image_range)."""
+    text_range and image_range are the ids from which a response in words and one in codes are sampled: text and <eos>,
+    which is why <eos> comes first among SPECIALS; image codes alone, since an image ends where it is full."""
 
     def __init__(self, tokenizer, codebook_size):
         self.tokenizer, self.codebook_size = tokenizer, codebook_size
@@ -145,7 +145,7 @@ class Vocabulary:
         return [*self.encode_text(text), self.eos]
 
     def image_response(self, codes):
-        """A response in pixels: codes and </image>."""
+        """A response in codes, and the </image> after them."""
         return [*self.codes_to_ids(codes), self.eoi]
 
     def save(self, folder):
@@ -164,7 +164,9 @@ class Vocabulary:
         return cls(tokenizer, tokenizer.get_vocab_size() - tokenizer.token_to_id("<img_0>"))
 
 
-# ---- The lesson: four ways to use a model. Images come and go as codes, n rows of (N,); options are generate's. 
+# ---- The lesson: four ways to use a model --------------------------------------------------------
+
+# Images come as codes, n rows of (N,); options are those of model.py's generate.
 
 
 def sample_words(model, vocab, prompts, temperature=0.0, seed=0, **options):
@@ -174,7 +176,7 @@ def sample_words(model, vocab, prompts, temperature=0.0, seed=0, **options):
 
 
 def sample_codes(model, vocab, prompts, n_codes, temperature=0.0, seed=0, **options):
-    """Continue prompts in pixels: n lists of ids to image codes (n, n_codes), long."""
+    """Continue prompts in codes: n lists of ids to image codes (n, n_codes), long."""
     rows = generate(model, prompts, n_codes, vocab.image_range, temperature=temperature, seed=seed, **options)
     return torch.tensor([vocab.ids_to_codes(row) for row in rows], device=model.device)
 
@@ -236,11 +238,11 @@ def encode_records(records, vqgan, seed, autocast, title="encoding"):
             order = np.random.default_rng([seed, 2, i]).permutation(sorted(record.masks))
             structures.append([str(name) for name in order[:MASKS_EACH]])
             images += [record.masks[name] * np.uint8(255) for name in structures[-1]]
-        codes = iter(encode_images(images, vqgan, autocast))
-        image_codes = [next(codes) for _ in batch]
-        for record, image, names in zip(batch, image_codes, structures):
+        codes = encode_images(images, vqgan, autocast)
+        mask_codes = iter(codes[len(batch):])
+        for record, image_codes, names in zip(batch, codes, structures):
             has = {"report": record.text, "generate": record.text, "ask": record.questions, "segment": names}
-            studies.append(Study(image, record.text, record.questions, tuple((name, next(codes)) for name in names),
+            studies.append(Study(image_codes, record.text, record.questions, tuple((name, next(mask_codes)) for name in names),
                                  record.findings, tuple(t for t in TASKS if has[t])))
     return studies
 
@@ -300,7 +302,7 @@ def response_loss(model, ids, labels):
 
 @torch.no_grad()
 def validate(model, studies, vocab, phrases):
-    """Loss of each task and, where findings are known, F1 of greedy reports on held-out studies."""
+    """Held-out studies: the loss of each task and their plain mean and, where findings are known, F1 of greedy reports."""
     model.eval()                      # LoRA's dropout is for training
     result, rng = {}, np.random.default_rng(0)
     for task in TASKS:
@@ -409,7 +411,7 @@ def check_vqgan(model, vqgan, folder):
     """Raise UserError if the model in `folder` was trained with another image tokenizer."""
     if model.config.vqgan_hash != weights_hash(vqgan):
         raise UserError(f"{folder} was trained with another image tokenizer than the one in --out; "
-                        "train it again, or bring back the tokenizer")
+                        "train it again, or bring back that image tokenizer")
 
 
 def read_tokenizer(folder):

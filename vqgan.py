@@ -11,13 +11,13 @@
 Three choices differ from the paper, each so that it trains from nothing in minutes:
 - codes live on the unit sphere in few dimensions (ViT-VQGAN, arXiv:2110.04627), and codes that fall out
   of use are re-seeded from the batch, so the whole codebook stays in use;
-- LPIPS needs downloaded weights. Its place is taken by the squared error of 4x4-pooled images, which
-  holds small bright findings that plain L1 gives up, and, once the discriminator plays, by feature
+- LPIPS needs downloaded weights. Its place is taken by squared errors, of pixels and of 4x4-pooled images,
+  which hold small bright findings that plain L1 gives up, and, once the discriminator plays, by feature
   matching on its layers (arXiv:1711.11585);
 - commitment weight 0.1, not 0.25: on flat images the larger one pulls codes together.
 
 All of this file is the lesson: blocks, quantizer, discriminator, losses, images to codes and back, training.
-A healthy log: psnr over 25 and codebook/usage near 1 within a few hundred steps. Judge a tokenizer by
+A healthy log: psnr over 25 and codebook/usage near 1 within a few hundred steps. Measure a vqgan by
 whether findings survive it (`python sample.py` counts that), not by PSNR.
 """
 
@@ -38,7 +38,7 @@ from model import (Log, RunConfig, UserError, arg, batch_indices, begin_stage, c
 
 @dataclass
 class VQGANConfig:
-    """Shape of a tokenizer; the image is divided by f = 2^len(widths) in height and width."""
+    """Shape of a vqgan; the image is divided by f = 2^len(widths) in height and width."""
 
     image_size: int = 64
     channels: int = 1
@@ -58,7 +58,7 @@ class VQGANConfig:
 
 @dataclass
 class VQGANTrainConfig(RunConfig):
-    """Flags of the tokenizer's training."""
+    """Flags of the vqgan's training."""
 
     steps: int = arg(1200, "optimizer steps")
     batch_size: int = arg(32, "images a step")
@@ -138,7 +138,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("idle", torch.zeros(codebook_size))
 
     def rows(self):
-        """The codebook on the unit sphere, (K, D)."""
+        """The codebook's rows on the unit sphere, (K, D)."""
         return F.normalize(self.codebook.float(), dim=1)
 
     def forward(self, z):
