@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data import Phantoms, stack, to_pixels  # noqa: E402
+from data import Phantoms  # noqa: E402
 from model import GPT, GPTConfig, generate, make_optimizers, per_token_logps  # noqa: E402
-from vqgan import VQGAN, VQGANConfig  # noqa: E402
+from vqgan import VQGAN, VQGANConfig, stack, to_pixels  # noqa: E402
 
 
 def ratio(title, a, b, rounds=4):

@@ -1,24 +1,21 @@
-"""Phantoms, findings read back, vocabulary, distortions and pairs of data.py; folders are in test_folders.py."""
+"""data.py: phantoms, distortions, what a folder says of itself, findings read back; its readers are in test_folders.py."""
 
-import contextlib
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageFilter
 
 import data
-from conftest import Means
-from data import (BODY_PHRASES, COMPANIONS, DISTORTIONS, INSTRUCTIONS, MASKS_EACH, MAX_TEXT, MODALITIES,
-                  MODALITY_PHRASES, PHRASES, PIXEL_DISTORTIONS, Finding, Phantoms, Record, Spec, Study, Vocabulary,
-                  add_noise, ask_phantom, collate, distort, draw, encode_records, erase, flip, image_stack,
-                  key, lexicon, make_example, match_findings, open_data, phantom_record, phantom_spec, random_finding,
-                  read_findings, read_term, redraw, stack, to_images, to_pixels, write_report)
+from data import (BODY_PHRASES, COMPANIONS, DISTORTIONS, MODALITIES, MODALITY_PHRASES, PHRASES, PIXEL_DISTORTIONS,
+                  Finding, Phantoms, Record, Spec, add_noise, ask_phantom, ask_whether, check_data, data_name, distort,
+                  draw, erase, flip, lexicon, match_findings, names_and_sides, open_data, phantom_record, phantom_spec,
+                  random_finding, read_findings, read_term, redraw, spread_indices, statement_of, write_report)
 from model import UserError
 
 SHARED = Path(data.__file__).resolve().parent.parent / "shared" / "data"
@@ -56,7 +53,7 @@ def centre(weights):
     return (columns * (np.arange(weights.shape[1]) - (weights.shape[1] - 1) / 2)).sum() / columns.sum()
 
 
-# Phantoms
+# ---- Phantoms ------------------------------------------------------------------------------------
 
 
 def test_same_seed_split_and_index_give_the_same_record():
@@ -253,40 +250,54 @@ def test_answers_of_a_phantom_are_true():
                 side = next(present[n].side for noun, n in nouns.items() if f"the {noun}?" in question)
                 assert answer == f"{side.capitalize()}."
             else:
+                assert question in [ask_whether(MODALITIES[spec.modality][name], w) for w in (0, 1)]
                 assert answer == ("Yes." if name in present else "No."), question
 
 
-def test_open_data_gives_three_splits_and_bias_is_a_probability():
+@pytest.mark.parametrize("modality,name", KINDS)
+def test_a_question_has_an_article_exactly_where_its_finding_is_countable(modality, name):
+    kind = MODALITIES[modality][name]
+    article = "" if not kind.countable else "an " if kind.noun.startswith(tuple("aeiou")) else "a "
+    be = "Are" if name == "lesions" else "Is"
+    assert ask_whether(kind, 0) == f"{be} there {article}{kind.noun}?"
+    assert ask_whether(kind, 1) == f"Does the image show {article}{kind.noun}?"
+
+
+@pytest.mark.parametrize("modality,name,question", [
+    ("brain MRI", "atrophy", "Is there atrophy?"), ("chest radiograph", "nodule", "Is there a nodule?"),
+    ("head CT", "infarct", "Is there an infarct?"), ("head CT", "shift", "Is there midline shift?"),
+    ("brain MRI", "cyst", "Is there an arachnoid cyst?"), ("brain MRI", "lesions", "Are there white matter lesions?")])
+def test_questions_by_hand(modality, name, question):
+    assert ask_whether(MODALITIES[modality][name], 0) == question
+
+
+def test_open_data_gives_three_splits():
     cfg = SimpleNamespace(data="", records=200, seed=1, bias=0.9, image_size=32, channels=1)
     splits = open_data(cfg)
-    assert [splits[s].split for s in ("train", "val", "test")] == ["train", "val", "test"]
-    assert len(splits["train"]) == 200 and len(splits["val"]) == 32
-    cfg.bias = 1.5
-    with pytest.raises(UserError, match="--bias 1.5"):
-        open_data(cfg)
+    assert {s: (records.split, records.seed, records.bias, records.size) for s, records in splits.items()} == {
+        s: (s, cfg.seed, cfg.bias, cfg.image_size) for s in ("train", "val", "test")}
+    assert len(splits["train"]) == cfg.records and len(splits["val"]) == 32 and len(splits["test"]) > 10_000
+    assert len(open_data(SimpleNamespace(**vars(cfg) | {"records": 1000}))["val"]) == 100
 
 
-def test_pixels_to_tensor_and_back_is_exact():
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert to_pixels(images).min() == -1 and to_pixels(images).max() == 1
-    assert torch.equal(to_images(to_pixels(images)), images)
+def test_a_model_goes_with_the_data_it_was_trained_on_alone(tmp_path):
+    phantoms, folder = SimpleNamespace(data="", bias=0.9), SimpleNamespace(data=str(tmp_path), bias=0.9)
+    for cfg in (phantoms, folder):
+        check_data(data_name(cfg), cfg, "out/sft")
+    with pytest.raises(UserError, match="^out/sft .*--bias 0.9"):
+        check_data(data_name(phantoms), SimpleNamespace(data="", bias=0.5), "out/sft")
+    with pytest.raises(UserError, match="--bias 0.9"):
+        check_data(data_name(phantoms), folder, "out/sft")
+    with pytest.raises(UserError, match=f"--data {tmp_path}"):
+        check_data(data_name(folder), phantoms, "out/sft")
 
 
-def test_stack_keeps_channel_order_and_repeats_gray():
-    colour = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
-    x = stack([colour, colour[..., 0]], 3)
-    assert x.shape == (2, 3, 4, 4)
-    assert np.array_equal(x[0, 2], colour[..., 2]) and np.array_equal(x[1, 2], colour[..., 0])
+def test_spread_indices_by_hand():
+    assert spread_indices(10, 4).tolist() == [0, 2, 5, 7]
+    assert spread_indices(3, 9).tolist() == [0, 1, 2]
 
 
-def test_image_stack_holds_the_share_of_masks_asked_for():
-    records = Phantoms("train", 200, size=16)
-    is_mask = [set(x.unique().tolist()) <= {0, 255} for x in image_stack(records, 200, 0.3, 1, seed=0)]
-    assert 0.15 < np.mean(is_mask) < 0.45
-    assert len(image_stack(records, 10, 0.0, 3, seed=0)) == 10
-
-
-# Findings read back
+# ---- Findings read back --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -299,6 +310,12 @@ def test_read_findings_is_exact_on_phantom_reports(split):
 @pytest.mark.parametrize("text,expected", [
     ("No pleural effusion or pneumothorax.", set()),
     ("Clear lungs without nodule.", set()),
+    ("Lung is without nodule.", set()),
+    ("The lungs are free of nodules.", set()),
+    ("There are no nodules.", set()),
+    ("The heart is not enlarged.", set()),
+    ("Nodule was not seen.", set()),
+    ("Left pneumothorax is without a nodule.", {("pneumothorax", "left")}),
     ("Pneumothorax is absent. Negative for nodule.", set()),
     ("Small left pleural effusion without pneumothorax.", {("effusion", "left")}),
     ("Nodule is not seen, left pneumothorax.", {("pneumothorax", "left")}),
@@ -316,7 +333,23 @@ def test_read_findings_is_exact_on_phantom_reports(split):
     ("", set()),
 ])
 def test_read_findings_by_hand(text, expected):
-    assert {key(f) for f in read_findings(text, PHRASES)} == expected
+    assert names_and_sides(read_findings(text, PHRASES)) == expected
+
+
+@pytest.mark.parametrize("modality,name", KINDS)
+def test_every_wording_of_a_kind_is_recognised_by_its_own_phrases(modality, name):
+    """And by no other kind's; the noun of questions and negations is among the phrases."""
+    kind = MODALITIES[modality][name]
+    for wording, side, size, place in product(kind.wordings, kind.sides, kind.sizes, kind.places):
+        text = wording.format(side=side, size=size, place=place, Side=side.capitalize(), Size=size.capitalize())
+        found = (Finding(name, side, size, place),)
+        assert read_findings(text, {name: kind.phrases}) == read_findings(text, PHRASES) == found, text
+    assert read_findings(f"{kind.noun}.", {name: kind.phrases}) == (Finding(name),)
+
+
+def test_every_phrase_comes_from_its_kind():
+    assert PHRASES == {name: MODALITIES[modality][name].phrases for modality, name in KINDS}
+    assert len(PHRASES) == len(KINDS)                      # no name in two modalities
 
 
 def test_read_findings_gives_size_and_place_of_its_own_clause():
@@ -337,7 +370,7 @@ REAL = [Record(np.zeros((1, 1)), "", "", tuple(Finding(n) for n in (
       ("endotracheal tube", "")}),
 ])
 def test_read_findings_with_the_lexicon_of_real_records(text, expected):
-    assert {key(f) for f in read_findings(text, lexicon(REAL))} == expected
+    assert names_and_sides(read_findings(text, lexicon(REAL))) == expected
 
 
 def test_lexicon_names_what_the_records_name():
@@ -368,6 +401,15 @@ def test_read_term_on_all_wordings_of_mednist():
         assert read_term(text, BODY_PHRASES) == body_part, text
 
 
+def test_a_statement_is_about_findings_not_about_words():
+    """Without phrases it is about modality and body part; without these, about words."""
+    assert statement_of("Left effusion. No nodule.", PHRASES) == statement_of("THERE IS A LEFT EFFUSION.", PHRASES)
+    assert statement_of("Left effusion.", PHRASES) != statement_of("Right effusion.", PHRASES)
+    assert statement_of("Normal.", PHRASES) == statement_of("No effusion.", PHRASES) == frozenset()
+    assert statement_of("A chest CT.", {}) == statement_of("CT of the chest", {}) != statement_of("MRI of the chest", {})
+    assert statement_of("One.", {}) != statement_of("Two.", {})
+
+
 @pytest.mark.parametrize("text,expected", [("X-ray image of the hand.", "radiograph"), ("Head CT image.", "CT"),
                                            ("A factory.", ""), ("CT after MRI", "CT")])
 def test_read_term_by_hand(text, expected):
@@ -379,182 +421,18 @@ def test_match_findings_by_hand():
     stated = (Finding("effusion", "left", "small"), Finding("nodule", "right"), Finding("infarct", "left"))
     true = (Finding("effusion", "left", "large"), Finding("nodule", "left"), Finding("cardiomegaly"))
     assert match_findings(stated, true) == {"stated": 3, "true": 3, "right": 1, "hallucinated": 2, "laterality": 1,
-                                            "exact": False, "details": 0}
+                                            "exact": False}
 
 
 def test_match_findings_of_equal_and_of_empty_reports():
     one = (Finding("effusion", "left", "small"),)
     assert match_findings(one, one) == {"stated": 1, "true": 1, "right": 1, "hallucinated": 0, "laterality": 0,
-                                        "exact": True, "details": 1}
+                                        "exact": True}
     assert match_findings((), one)["right"] == 0 and match_findings((), one)["hallucinated"] == 0
     assert match_findings((), ())["exact"]
 
 
-# Vocabulary, prompts, labels
-
-K = 16
-
-
-@pytest.fixture(scope="module")
-def vocab():
-    """A vocabulary of 16 image codes, learnt from phantom reports and the instructions."""
-    return Vocabulary.train(data.all_texts(Phantoms("train", 60, size=16)), K, text_size=400)
-
-
-STUDY = Study(np.arange(9), "Chest radiograph. Enlarged heart.", (("Is there a nodule?", "No."),),
-              (("heart", np.arange(9)[::-1]),), None, ("report", "generate", "ask", "segment"))
-
-
-def test_codes_to_ids_and_back(vocab):
-    codes = np.array([0, 5, K - 1], dtype=np.int16)
-    ids = vocab.codes_to_ids(codes)
-    assert ids == [vocab.image_start, vocab.image_start + 5, vocab.size - 1]
-    assert vocab.ids_to_codes(ids) == [0, 5, K - 1]
-    assert [vocab.tokenizer.id_to_token(i) for i in ids] == ["<img_0>", "<img_5>", f"<img_{K - 1}>"]
-
-
-def test_ranges_are_contiguous_and_disjoint(vocab):
-    specials = {vocab.pad, vocab.bos, vocab.boi, vocab.eoi, vocab.eos}
-    assert specials == set(range(vocab.eos, vocab.image_start)) and len(specials) == 5
-    assert vocab.text_range == (0, vocab.eos + 1)                    # eos may be sampled among text
-    assert vocab.image_range == (vocab.image_start, vocab.size)
-    assert vocab.size == vocab.tokenizer.get_vocab_size() == vocab.image_start + K
-
-
-@pytest.mark.parametrize("text", ["Small left pleural effusion.", "Ödem, β-Blocker: 5 µg — “ok” 肺", "a  b\nc", ""])
-def test_text_round_trip(vocab, text):
-    ids = vocab.encode_text(text)
-    assert all(i < vocab.eos for i in ids)
-    assert vocab.decode_text(ids) == text
-
-
-def test_decode_text_leaves_specials_and_image_codes_out(vocab):
-    ids = [vocab.bos, vocab.boi, *vocab.codes_to_ids([1]), vocab.eoi, *vocab.encode_text("Nodule."), vocab.eos, vocab.pad]
-    assert vocab.decode_text(ids) == "Nodule."
-
-
-HOSTILE = "a <image> b <img_3> c <eos><pad></image><bos>"
-
-
-def test_special_names_inside_a_text_stay_letters(vocab):
-    ids = vocab.encode_text(HOSTILE)
-    assert all(i < vocab.eos for i in ids)
-    assert vocab.decode_text(ids) == HOSTILE
-
-
-def test_special_names_in_the_training_texts_claim_no_id():
-    vocab = Vocabulary.train([HOSTILE] * 50, K, text_size=400)
-    assert vocab.tokenizer.id_to_token(vocab.image_start) == "<img_0>" and vocab.size == vocab.image_start + K
-    assert all(i < vocab.eos for i in vocab.encode_text(HOSTILE))
-
-
-def test_a_long_text_is_cut_and_that_is_said_once(vocab, capsys):
-    vocab.cut = False
-    assert len(vocab.encode_text("nodule " * 3 * MAX_TEXT)) == MAX_TEXT
-    vocab.encode_text("effusion " * 3 * MAX_TEXT)
-    assert capsys.readouterr().out.count("cut to") == 1
-
-
-def test_save_and_load_give_an_equal_vocabulary(vocab, tmp_path):
-    vocab.save(tmp_path)
-    loaded = Vocabulary.load(tmp_path)
-    assert (loaded.size, loaded.codebook_size, loaded.image_start, loaded.eos) == \
-        (vocab.size, K, vocab.image_start, vocab.eos)
-    for text in ("Small left pleural effusion.", HOSTILE):
-        assert loaded.encode_text(text) == vocab.encode_text(text)
-
-
-def test_loading_a_missing_broken_or_foreign_tokenizer_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="tokenizer.json"):
-        Vocabulary.load(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="tokenizer.json"):
-        Vocabulary.load(tmp_path)
-    data.Tokenizer(data.models.BPE()).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="no image tokens"):
-        Vocabulary.load(tmp_path)
-
-
-def test_make_example_report(vocab):
-    prompt, response = make_example(STUDY, "report", vocab, rng())
-    assert prompt[:2] == [vocab.bos, vocab.boi] and prompt[2:11] == vocab.codes_to_ids(range(9))
-    assert prompt[11] == vocab.eoi and vocab.decode_text(prompt) in INSTRUCTIONS["report"]
-    assert response[-1] == vocab.eos and vocab.decode_text(response) == STUDY.text
-
-
-def test_make_example_generate(vocab):
-    prompt, response = make_example(STUDY, "generate", vocab, rng())
-    assert prompt[0] == vocab.bos and prompt[-1] == vocab.boi
-    assert vocab.decode_text(prompt) in [w.format(STUDY.text) for w in INSTRUCTIONS["generate"]]
-    assert response == [*vocab.codes_to_ids(range(9)), vocab.eoi]
-
-
-def test_make_example_ask(vocab):
-    prompt, response = make_example(STUDY, "ask", vocab, rng())
-    assert prompt[2:11] == vocab.codes_to_ids(range(9)) and vocab.decode_text(prompt) == "Is there a nodule?"
-    assert response[-1] == vocab.eos and vocab.decode_text(response) == "No."
-
-
-def test_make_example_segment(vocab):
-    prompt, response = make_example(STUDY, "segment", vocab, rng())
-    assert prompt[2:11] == vocab.codes_to_ids(range(9)) and prompt[-1] == vocab.boi
-    assert vocab.decode_text(prompt) in [w.format("heart") for w in INSTRUCTIONS["segment"]]
-    assert response == [*vocab.codes_to_ids(range(8, -1, -1)), vocab.eoi]
-
-
-def test_emptied_generation_prompts_are_the_unconditional_prompt(vocab):
-    for seed in range(5):
-        assert make_example(STUDY, "generate", vocab, rng(seed), empty_share=1.0)[0] == [vocab.bos, vocab.boi]
-        assert make_example(STUDY, "report", vocab, rng(seed), empty_share=1.0)[0] != [vocab.bos, vocab.boi]
-
-
-def test_every_wording_is_used(vocab):
-    said = {vocab.decode_text(make_example(STUDY, "report", vocab, rng(s))[0]) for s in range(40)}
-    assert said == set(INSTRUCTIONS["report"])
-
-
-def test_collate_by_hand():
-    ids, labels = collate([([1, 7, 8], [9, 4]), ([1], [5, 6, 7, 4])], pad=0)
-    assert ids.tolist() == [[1, 7, 8, 9, 4], [1, 5, 6, 7, 4]]
-    assert labels.tolist() == [[-100, -100, -100, 9, 4], [-100, 5, 6, 7, 4]]
-    ids, labels = collate([([1], [4]), ([1, 2], [3, 4])], pad=0)
-    assert ids[0].tolist() == [1, 4, 0, 0] and labels[0].tolist() == [-100, 4, -100, -100]
-
-
-def test_labels_decode_to_exactly_the_response_and_eos(vocab):
-    examples = [make_example(STUDY, task, vocab, rng()) for task in ("report", "ask", "generate", "segment")]
-    ids, labels = collate(examples, vocab.pad)
-    assert vocab.pad != vocab.eos
-    for row, (prompt, response) in enumerate(examples):
-        assert labels[row][labels[row] != -100].tolist() == response
-        assert ids[row, :len(prompt)].tolist() == prompt
-        assert (ids[row, len(prompt) + len(response):] == vocab.pad).all()
-    assert vocab.decode_text(labels[0][labels[0] != -100].tolist()) == STUDY.text and labels[0].max() < vocab.size
-    assert labels[0][labels[0] != -100][-1] == vocab.eos
-
-
-# Stand-ins for the image tokenizer and the SFT model
-
-
-def test_encode_records_pairs_masks_with_their_own_codes():
-    records = [Phantoms("train", 20)[i] for i in range(20)]
-    studies = encode_records(records, Means(), 1, 0, "cpu", contextlib.nullcontext)
-    for record, study in zip(records, studies):
-        code = lambda image: Means().encode(to_pixels(stack([image], 1)))[0].numpy()
-        assert np.array_equal(study.codes, code(record.image))
-        assert len(study.masks) == min(MASKS_EACH, len(record.masks))
-        for structure, codes in study.masks:
-            assert np.array_equal(codes, code(record.masks[structure] * np.uint8(255)))
-
-
-def test_a_study_serves_only_the_tasks_that_it_has_data_for():
-    plain = Record(np.zeros((16, 16), np.uint8), "Words.", "a")
-    asked = Record(np.zeros((16, 16), np.uint8), "", "b", questions=(("Q?", "A."),))
-    first, second = encode_records([plain, asked], Means(), 1, 0, "cpu", contextlib.nullcontext)
-    assert first.tasks == ("report", "generate") and second.tasks == ("ask",)
-
-
-# Distortions
+# ---- Distortions ---------------------------------------------------------------------------------
 
 GRAY = phantom_record(spec_with("chest radiograph", "effusion", "left", size="large"))
 COLOUR = replace(GRAY, image=np.stack([GRAY.image, GRAY.image // 2, 255 - GRAY.image], axis=2), spec=None)

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-import shutil
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,13 +12,18 @@ import torch
 
 import dpo
 from conftest import Blind, Means
-from data import PHRASES, Finding, Phantoms, Record, Vocabulary, stack, statement, to_pixels
-from model import GPT, GPTConfig, UserError, cli, read_tensors, sequence_logps
+from data import PHRASES, Finding, Phantoms, Record
+from model import GPT, GPTConfig, UserError, cli, read_log, read_tensors, sequence_logps
+from sft import INSTRUCTIONS, Vocabulary
+from vqgan import stack, to_pixels
 
 VOCAB = Vocabulary.train(["Enlarged heart. No effusion. Normal."] * 3, codebook_size=8, text_size=300)
-REPORTS = {"distorted": "Normal.", "own": "Enlarged heart. Left effusion.", "no-image": "No effusion.",
+REPORTS = {"distorted": "Normal.", "own": "Enlarged heart. Left effusion.", "scrambled": "No effusion.",
            "no-question": "Left effusion."}
-OBJECTIVES = [name for name in dpo.OBJECTIVES if name != "sft"]
+# the terms of each objective; bidpo's anchor holds two sequences
+TERMS = {"dpo": ["text"], "bidpo": ["text", "image", "conditional", "anchor", "anchor"],
+         "mdpo": ["text", "conditional", "anchor"], "mfpo": ["text", "conditional", "anchor"],
+         "napo": ["text", "language", "vision"], "rndpo": ["mask", "image"]}
 
 
 def make_pairs():
@@ -34,6 +39,12 @@ def config(objective, *flags):
                choice=("objective", dpo.OBJECTIVE_DEFAULTS))
 
 
+def sided(pairs, cfg):
+    """The pairs with their sides taken, and which of them count."""
+    dpo.take_sides(pairs, cfg)
+    return pairs, dpo.sides_differ(pairs, cfg, PHRASES)
+
+
 @pytest.fixture
 def model():
     torch.manual_seed(0)
@@ -43,68 +54,83 @@ def model():
 # Objectives: known values
 
 
-def scored(objective, B=3, seed=None):
-    """Log-ratios (0, or random), token counts and keeps of an objective's sequences."""
+def scored(cfg, B=3, seed=None):
+    """Log-ratios (0, or random) of an objective's sequences, with random counts of tokens; and keeps, all 1."""
     torch.manual_seed(seed or 0)
-    names = [*dpo.sequences_of(objective)]
-    names += [f"{n}/Ω" for n in names if n.startswith(("image", "mask"))]
-    ratios = {n: torch.zeros(B) if seed is None else torch.randn(B) for n in names}
-    sizes = {n: torch.randint(2, 9, (B,)) for n in names}
-    for chosen, rejected in dpo.COMPARISONS.values():        # two images differ in as many codes from either side
-        if f"{chosen}/Ω" in sizes:
-            sizes[f"{rejected}/Ω"] = sizes[f"{chosen}/Ω"]
-    keep = {n: torch.ones(B) for n in dpo.OBJECTIVES[objective][1]}
-    return {k: v.requires_grad_() for k, v in ratios.items()}, sizes, keep
+    ratio = lambda: (torch.zeros(B) if seed is None else torch.randn(B)).requires_grad_()
+    count, ratios = lambda: torch.randint(2, 9, (B,)), {}
+    for name in dpo.sequences_of(cfg):
+        other = ratios.get(name.replace("rejected", "chosen"))       # two images differ in as many codes from either side
+        ratios[name] = dpo.Sums(ratio(), count(), ratio(), other.omega_tokens if other else count())
+    return ratios, {name: torch.ones(B) for name in dpo.contrasts_of(cfg)}
+
+
+def sums(whole, tokens=1):
+    """Sums over responses that differ from each other in every token."""
+    whole, tokens = torch.as_tensor(whole), torch.as_tensor(tokens).expand(len(whole))
+    return dpo.Sums(whole, tokens, whole, tokens)
+
+
+def contrast(margin, mean_margin=0.0, keep=1.0):
+    """A Contrast of pairs that all count, unless told otherwise."""
+    margin = torch.as_tensor(margin)
+    return dpo.Contrast(margin, *(torch.as_tensor(v).expand(margin.shape) for v in (mean_margin, keep)))
 
 
 LOG2 = math.log(2)
-STEP_0 = {"dpo": LOG2, "bidpo": (0.5 + 0.1 + 1 + 2 * 0.2) * LOG2, "mdpo": 3 * LOG2, "mfpo": 3 * LOG2,
-          "napo": LOG2 + 2 * 0.5, "rndpo": (1 + 0.1) * LOG2}
+AT_0 = {"language": 0.5, "vision": 0.5}                      # NaPO's q is 2·(1 − ½) = 1, so a term is (1 − 2^−1)/1
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", TERMS)
 def test_loss_at_step_0(objective):
-    """Policy == reference: log 2 a preference; NaPO's q is 2·(1 − ½) = 1 there, so (1 − 2^−1)/1 a term."""
-    loss, _, margins = dpo.objective_loss(*scored(objective), config(objective))
-    assert loss.item() == pytest.approx(STEP_0[objective], rel=1e-5)
-    assert all((m == 0).all() for name, m in margins.items() if not name.endswith("/q"))
+    """Policy == reference: log 2 a preference and a sequence of the anchor; NaPO's terms are ½."""
+    cfg = config(objective)
+    loss, terms, contrasts = dpo.objective_loss(*scored(cfg), cfg)
+    expected = sum(getattr(cfg, f"{name}_weight") * AT_0.get(name, LOG2) for name in TERMS[objective])
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and terms.keys() == set(TERMS[objective])
+    assert all((c.margin == 0).all() and (c.mean_margin == 0).all() for c in contrasts.values())
 
 
-def plain_loss(objective, r, n, cfg):
-    """Each objective written out with log and σ, on log-ratios r and token counts n."""
+def plain_loss(objective, r, cfg):
+    """Each objective written out with log and σ, on log-ratios {sequence: Sums}."""
     nls = lambda z: -torch.log(torch.sigmoid(z)).mean()
-    b, diff = cfg.beta, lambda a, c, end="": r[f"{a}_chosen{end}"] - r[f"{c}{end}"]
-    text, cond = b * diff("text", "text_rejected"), b * diff("text", "text_distorted") if "text_distorted" in r else None
+    difference = lambda a, b: cfg.beta * (r[a].whole - r[b].whole)
+    text = lambda: cfg.text_weight * nls(difference("text_chosen", "text_rejected"))
+    conditional = lambda: cfg.conditional_weight * nls(difference("text_chosen", "text_distorted"))
+    anchor = lambda name: cfg.anchor_weight * nls(cfg.beta * r[name].whole - cfg.anchor_delta)
     if objective == "dpo":
-        return nls(text)
+        return text()
     if objective in ("mdpo", "mfpo"):
-        return nls(text) + nls(cond) + nls(b * r["text_chosen"])
+        return text() + conditional() + anchor("text_chosen")
     if objective == "bidpo":
-        return (0.5 * nls(text) + 0.1 * nls(b * diff("image", "image_rejected")) + nls(cond)
-                + 0.2 * (nls(b * r["text_chosen"]) + nls(b * r["image_chosen"])))
+        image = cfg.image_weight * nls(difference("image_chosen", "image_rejected"))
+        return text() + image + conditional() + anchor("text_chosen") + anchor("image_chosen")
     if objective == "rndpo":
-        rn = lambda kind: nls(b * diff(kind, f"{kind}_rejected", "/Ω") / n[f"{kind}_chosen/Ω"])
-        return rn("mask") + 0.1 * rn("image")
-    total = nls(text)
-    for bias in ("language", "vision"):
+        mean = lambda a, b: cfg.beta * (r[a].omega - r[b].omega) / r[a].omega_tokens
+        mask, image = (nls(mean(f"{kind}_chosen", f"{kind}_rejected")) for kind in ("mask", "image"))
+        return cfg.mask_weight * mask + cfg.image_weight * image
+    total = text()
+    for bias, weight in (("language", cfg.language_weight), ("vision", cfg.vision_weight)):
         w, l = r["text_chosen"], r[f"text_{bias}"]
-        q = (2 * (1 - torch.sigmoid((w / n["text_chosen"] - l / n[f"text_{bias}"]).mean()))).clamp(0.001, 1).item()
-        total = total + ((1 - torch.sigmoid(b * (w - l)) ** q) / q).mean()
+        q = 2 * (1 - torch.sigmoid(cfg.napo_alpha * (w.whole / w.tokens - l.whole / l.tokens).mean()))
+        q = q.clamp(cfg.q_min, cfg.q_max).item()
+        total = total + weight * ((1 - torch.sigmoid(difference("text_chosen", f"text_{bias}")) ** q) / q).mean()
     return total
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_value_and_gradient_are_those_of_the_plain_formula(objective):
-    cfg = config(objective)
-    ratios, sizes, keep = scored(objective, B=5, seed=1)
-    if objective == "rndpo":
-        del ratios["text_chosen"]
-    else:
-        ratios = {k: v for k, v in ratios.items() if "/Ω" not in k}
-    loss, _, _ = dpo.objective_loss({"text_chosen": torch.zeros(5), **ratios}, sizes, keep, cfg)
-    expected = plain_loss(objective, {"text_chosen": torch.zeros(5), "text_rejected": torch.zeros(5), **ratios}, sizes, cfg)
+WEIGHTS = [f"--{name}-weight" for name in ("text", "image", "conditional", "anchor", "language", "vision", "mask")]
+
+
+@pytest.mark.parametrize("objective", TERMS)
+@pytest.mark.parametrize("other", [False, True], ids=["defaults", "other weights"])
+def test_value_and_gradient_are_those_of_the_plain_formula(objective, other):
+    """By the objective's own weights, and by others that all differ."""
+    others = [word for i, flag in enumerate(WEIGHTS) for word in (flag, str(2 + i))]
+    cfg = config(objective, *others, "--anchor-delta", "0.3", "--napo-alpha", "2") if other else config(objective)
+    ratios, keep = scored(cfg, B=5, seed=1)
+    loss, expected = dpo.objective_loss(ratios, keep, cfg)[0], plain_loss(objective, ratios, cfg)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    used = list(ratios.values())
+    used = [v for r in ratios.values() for v in (r.whole, r.omega)]
     for ours, plain in zip(*(torch.autograd.grad(v, used, allow_unused=True) for v in (loss, expected))):
         assert (ours is None) == (plain is None)
         if ours is not None:
@@ -113,7 +139,7 @@ def test_value_and_gradient_are_those_of_the_plain_formula(objective):
 
 def test_gradient_at_the_start_is_minus_beta_over_2b():
     logps = torch.zeros(4, requires_grad=True)
-    dpo.preference_loss(0.2 * logps).mean().backward()
+    dpo.preference_loss(contrast(0.2 * logps)).mean().backward()
     torch.testing.assert_close(logps.grad, torch.full((4,), -0.2 / (2 * 4)))
 
 
@@ -123,38 +149,35 @@ def test_anchor_by_hand():
 
 def test_box_cox_runs_from_dpo_to_mae():
     """q → 0 is −log σ; q = 1 is 1 − σ; at margin 0 it is (1 − 2^−q)/q."""
-    margin = torch.tensor([-30.0, -2.0, 0.0, 3.0])
-    torch.testing.assert_close(dpo.box_cox_loss(margin, 1e-6), dpo.preference_loss(margin), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(dpo.box_cox_loss(margin, 1.0), 1 - torch.sigmoid(margin))
+    c = contrast([-30.0, -2.0, 0.0, 3.0])
+    torch.testing.assert_close(dpo.box_cox_loss(c, 1e-6), dpo.preference_loss(c), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dpo.box_cox_loss(c, 1.0), 1 - torch.sigmoid(c.margin))
     for q in (0.1, 0.5, 0.9):
-        assert dpo.box_cox_loss(torch.tensor(0.0), q).item() == pytest.approx((1 - 2 ** -q) / q, rel=1e-5)
+        assert dpo.box_cox_loss(contrast([0.0]), q).item() == pytest.approx((1 - 2 ** -q) / q, rel=1e-5)
 
 
 def test_q_rises_where_margins_are_near_zero_and_carries_no_gradient():
     cfg = config("napo", "--napo-alpha", "2", "--q-max", "0.8")
-    mean = torch.tensor(0.3, requires_grad=True)
-    assert dpo.noise_q(mean, cfg).item() == pytest.approx(2 * (1 - 1 / (1 + math.exp(-2 * 0.3))))
-    assert dpo.noise_q(torch.tensor(-1.0), cfg).item() == pytest.approx(0.8)
-    assert dpo.noise_q(torch.tensor(50.0), cfg).item() == pytest.approx(0.001)
-    assert not dpo.noise_q(mean, cfg).requires_grad
+    mean = torch.tensor([0.3], requires_grad=True)
+    q = lambda mean_margin: dpo.noise_q(contrast([0.0], mean_margin), cfg)
+    assert q(mean).item() == pytest.approx(2 * (1 - 1 / (1 + math.exp(-2 * 0.3))))
+    assert q(-1.0).item() == pytest.approx(cfg.q_max) and q(50.0).item() == pytest.approx(cfg.q_min)
+    assert not q(mean).requires_grad
 
 
 def test_q_looks_at_the_pairs_that_count_only():
-    ratios, sizes, keep = scored("napo", B=2)
-    ratios["text_language"] = torch.tensor([0.0, -16.0])
-    sizes["text_language"] = torch.tensor([2, 2])
-    keep["language"] = torch.tensor([0.0, 1.0])
-    q = dpo.make_margins(ratios, sizes, keep, config("napo"))["language/q"].item()
-    assert q == pytest.approx(max(0.001, 2 * (1 - 1 / (1 + math.exp(-8)))))
+    """At their margins a token, without β: here 0 − (−16)/2 of the second pair."""
+    cfg, chosen, rejected = config("napo"), sums([0.0, 0.0]), sums([0.0, -16.0], tokens=2)
+    c = dpo.make_contrast("language", {"text_chosen": chosen, "text_language": rejected}, torch.tensor([0.0, 1.0]), cfg)
+    assert dpo.noise_q(c, cfg).item() == pytest.approx(max(cfg.q_min, 2 * (1 - 1 / (1 + math.exp(-8)))), abs=1e-6)
 
 
 def test_each_term_has_its_own_margin_and_weight():
     cfg = config("bidpo", "--beta", "1", "--text-weight", "1", "--image-weight", "10", "--conditional-weight", "100",
                  "--anchor-weight", "0")
-    ratios = {k: torch.tensor([v]) for k, v in dict(text_chosen=1.0, text_rejected=0.0, image_chosen=2.0, image_rejected=0.0,
-                                                    text_distorted=-2.0).items()}
-    keep = {k: torch.ones(1) for k in ("text", "image", "conditional")}
-    loss, _, _ = dpo.objective_loss(ratios, dict.fromkeys(ratios, torch.tensor([1])), keep, cfg)
+    ratios = {k: sums([v]) for k, v in dict(text_chosen=1.0, text_rejected=0.0, image_chosen=2.0, image_rejected=0.0,
+                                            text_distorted=-2.0).items()}
+    loss, _, _ = dpo.objective_loss(ratios, dict.fromkeys(("text", "image", "conditional"), torch.ones(1)), cfg)
     softplus = lambda z: math.log(1 + math.exp(z))
     assert loss.item() == pytest.approx(softplus(-1) + 10 * softplus(-2) + 100 * softplus(-3), rel=1e-5)
 
@@ -164,16 +187,19 @@ def test_pairs_that_do_not_count_are_left_out_of_the_mean():
     assert dpo.masked_mean(values, torch.tensor([1.0, 0.0, 1.0])) == 2.0
     assert dpo.masked_mean(values, torch.zeros(3)) == 0.0
     cfg = config("dpo")
-    ratios, sizes, keep = scored("dpo", B=2, seed=1)
-    last = lambda values: {k: v[1:] for k, v in values.items()}
-    both, _, _ = dpo.objective_loss(ratios, sizes, {"text": torch.tensor([0.0, 1.0])}, cfg)
-    torch.testing.assert_close(both, dpo.objective_loss(last(ratios), last(sizes), last(keep), cfg)[0])
+    ratios, keep = scored(cfg, B=2, seed=1)
+    both, _, _ = dpo.objective_loss(ratios, {"text": torch.tensor([0.0, 1.0])}, cfg)
+    last = {name: dpo.Sums(*(v[1:] for v in r)) for name, r in ratios.items()}
+    torch.testing.assert_close(both, dpo.objective_loss(last, {"text": torch.ones(1)}, cfg)[0])
 
 
 def test_objective_defaults_come_between_preset_and_flags():
-    assert (config("bidpo").beta, config("dpo").beta, config("dpo", "--beta", "2").beta) == (0.5, 0.1, 2.0)
+    own, published = dpo.DPOConfig.beta, dpo.OBJECTIVE_DEFAULTS["dpo"]["beta"]
+    assert (config("bidpo").beta, config("dpo").beta, config("dpo", "--beta", "2").beta) == (own, published, 2.0)
+    assert own != published
     assert config("mfpo").curriculum and not config("mfpo", "--no-curriculum").curriculum
-    assert config("sft").sft_weight == 1.0 and config("rndpo").normalise
+    assert config("rndpo").normalise and not config("bidpo").normalise
+    assert dpo.OBJECTIVES.keys() == dpo.OBJECTIVE_DEFAULTS.keys() == {*TERMS, "sft"}
 
 
 # Scores
@@ -181,91 +207,110 @@ def test_objective_defaults_come_between_preset_and_flags():
 
 def test_score_sums_responses_and_the_codes_that_differ(model):
     """By hand from the logits: pair a's images differ in the third of four codes."""
-    names = dpo.sequences_of("rndpo")
-    pairs = make_pairs()
-    dpo.choose_rejected(pairs, config("rndpo"), PHRASES)
+    names = dpo.sequences_of(config("rndpo"))
+    pairs, _ = sided(make_pairs(), config("rndpo"))
     ids, labels = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
-    sums, sizes = dpo.score(model, ids, labels, names)
-    for name in names:
-        torch.testing.assert_close(sums[name], sequence_logps(model, ids, labels).view(len(names), 2)[names.index(name)])
-    row = names.index("image_chosen") * 2
-    start = (labels[row] != -100).nonzero()[0, 0]
-    logps = model(ids[row:row + 1])[0].log_softmax(-1)
-    third = logps[start + 1, ids[row, start + 2]]
-    torch.testing.assert_close(sums["image_chosen/Ω"][0], third)
-    assert sizes["image_chosen/Ω"].tolist() == [1, 3] and sizes["image_chosen"].tolist() == [5, 5]     # 4 codes, </image>
+    assert ids.shape[:2] == labels.shape[:2] == (len(names), 2)
+    found = dpo.score(model, ids, labels, names)
+    for i, name in enumerate(names):
+        torch.testing.assert_close(found[name].whole, sequence_logps(model, ids[i], labels[i]))
+    row = names.index("image_chosen")
+    start = (labels[row, 0] != -100).nonzero()[0, 0]
+    logps = model(ids[row, :1])[0].log_softmax(-1)
+    torch.testing.assert_close(found["image_chosen"].omega[0], logps[start + 1, ids[row, 0, start + 2]])
+    image, mask, text = (found[f"{k}_chosen"] for k in ("image", "mask", "text"))
+    assert image.omega_tokens.tolist() == [1, 3] and image.tokens.tolist() == [5, 5]           # 4 codes, </image>
     # masks: 1 1 1 1 over 5 1 1 6; the pair without masks compares its image with itself
-    assert sizes["mask_chosen/Ω"].tolist() == [2, 0]
+    assert mask.omega_tokens.tolist() == [2, 0]
+    # what is compared with nothing code by code: all its tokens
+    alone = dpo.score(model, ids[row:row + 1], labels[row:row + 1], ("image_chosen",))["image_chosen"]
+    for whole in (text, alone):
+        assert torch.equal(whole.omega, whole.whole) and torch.equal(whole.omega_tokens, whole.tokens)
 
 
 def test_the_normalised_margin_by_hand():
-    ratios, sizes, keep = scored("rndpo", B=1, seed=2)
-    sizes["mask_chosen/Ω"] = torch.tensor([4])
-    m = dpo.make_margins(ratios, sizes, keep, config("rndpo", "--beta", "3"))
-    torch.testing.assert_close(m["mask"], 3 * (ratios["mask_chosen/Ω"] - ratios["mask_rejected/Ω"]) / 4)
-    m = dpo.make_margins(ratios, sizes, keep, config("rndpo", "--beta", "3", "--no-normalise"))
-    torch.testing.assert_close(m["mask"], 3 * (ratios["mask_chosen"] - ratios["mask_rejected"]))
+    cfg = config("rndpo", "--beta", "3")
+    ratios, keep = scored(cfg, B=1, seed=2)
+    chosen, rejected = ratios["mask_chosen"], ratios["mask_rejected"]._replace(omega_tokens=torch.tensor([1]))
+    ratios = {"mask_chosen": chosen._replace(omega_tokens=torch.tensor([4])), "mask_rejected": rejected}
+    margin = lambda cfg: dpo.make_contrast("mask", ratios, keep["mask"], cfg).margin
+    torch.testing.assert_close(margin(cfg), 3 * (chosen.omega - rejected.omega) / 4)
+    torch.testing.assert_close(margin(replace(cfg, normalise=False)), 3 * (chosen.whole - rejected.whole))
+    # two texts are not compared token by token
+    texts = {"text_chosen": chosen, "text_rejected": rejected}
+    text = dpo.make_contrast("text", texts, keep["mask"], cfg)
+    torch.testing.assert_close(text.margin, 3 * (chosen.whole - rejected.whole))
+    torch.testing.assert_close(text.mean_margin, chosen.whole / chosen.tokens - rejected.whole / rejected.tokens)
 
 
-def test_what_each_sequence_holds():
+@pytest.mark.parametrize("wording", range(3))
+def test_what_each_sequence_holds(wording):
     """Text terms are scored on the genuine image, the conditional one on the distorted; images on the report."""
     pair = make_pairs()[0]
-    pair.rejected, pair.masks = "Normal.", (pair.proposals[0], pair.proposals[2])
-    names = ("text_chosen", "image_chosen", "text_rejected", "image_rejected", "text_distorted", "text_language", "text_vision",
-             "mask_chosen", "mask_rejected")
-    made = dict(zip(names, dpo.pair_examples(pair, names, VOCAB)))
-    genuine, twisted = VOCAB.image(pair.codes), VOCAB.image(pair.distorted)
-    for name in ("text_chosen", "text_rejected", "text_language", "text_vision"):
-        assert made[name][0] == made["text_chosen"][0] and made[name][0][1:7] == genuine
-    assert made["text_distorted"][0][1:7] == twisted and made["text_distorted"][1] == made["text_chosen"][1]
-    said = lambda name: VOCAB.decode_text(made[name][1][:-1])
-    assert [said(n) for n in ("text_chosen", "text_rejected", "text_language", "text_vision")] == [
-        "Enlarged heart.", "Normal.", "No effusion.", "Left effusion."]
-    assert made["image_chosen"][0] == made["image_rejected"][0]
-    assert VOCAB.decode_text(made["image_chosen"][0]) == "Draw this: Enlarged heart."
-    assert made["image_chosen"][1] == genuine[1:] and made["image_rejected"][1] == twisted[1:]
-    assert made["mask_chosen"][0] == VOCAB.segment(pair.codes, "heart") == made["mask_rejected"][0]
-    assert made["mask_rejected"][1] == VOCAB.image_response([5, 1, 1, 6])
+    pair.rejected, pair.masks, pair.wording = "Normal.", (pair.proposals[0], pair.proposals[2]), wording
+    made = {name: dpo.pair_example(pair, name, VOCAB) for name in dpo.SEQUENCES}
+    on_genuine, on_distorted = (VOCAB.read_prompt(c, INSTRUCTIONS["report"][wording]) for c in (pair.codes, pair.distorted))
+    draw = VOCAB.draw_prompt(INSTRUCTIONS["generate"][wording].format(pair.chosen))
+    segment = VOCAB.segment_prompt(pair.codes, "heart", wording)
+    words, codes = VOCAB.text_response, VOCAB.image_response
+    assert made == {"text_chosen": (on_genuine, words("Enlarged heart.")), "text_rejected": (on_genuine, words("Normal.")),
+                    "text_language": (on_genuine, words(REPORTS["scrambled"])),
+                    "text_vision": (on_genuine, words(REPORTS["no-question"])),
+                    "text_distorted": (on_distorted, words("Enlarged heart.")),
+                    "image_chosen": (draw, codes(pair.codes)), "image_rejected": (draw, codes(pair.distorted)),
+                    "mask_chosen": (segment, codes([1, 1, 1, 1])), "mask_rejected": (segment, codes([5, 1, 1, 6]))}
+    assert on_genuine != on_distorted and codes(pair.codes) != codes(pair.distorted)
 
 
 @pytest.mark.parametrize("objective", dpo.OBJECTIVES)
 def test_every_objective_trains_on_the_controls_chosen_sequences(objective):
-    assert dpo.sequences_of(objective)[:2] == dpo.CHOSEN == dpo.sequences_of("sft")
-    pairs = make_pairs()
-    dpo.choose_rejected(pairs, config(objective), PHRASES)
-    names = dpo.sequences_of(objective)
+    cfg = config(objective)
+    names = dpo.sequences_of(cfg)
+    assert names[:2] == dpo.CHOSEN == dpo.sequences_of(config("sft"))
+    pairs, _ = sided(make_pairs(), cfg)
     whole, _ = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
     control, _ = dpo.pair_batch(pairs, [0, 1], dpo.CHOSEN, VOCAB, "cpu")
-    assert whole.size(0) == 2 * len(names) and torch.equal(whole[:4, :control.size(1)], control)
+    assert whole.shape[:2] == (len(names), 2) and torch.equal(whole[:2, :, :control.size(2)], control)
 
 
 def test_log_ratios_are_zero_at_step_0(model):
     """The reference's numbers, made before the loop in order, are the policy's in any batch."""
-    cfg, names, pairs = config("bidpo"), dpo.sequences_of("bidpo"), make_pairs()
-    dpo.choose_rejected(pairs, cfg, PHRASES)
-    reference = dpo.reference_logps(model, pairs, names, VOCAB, cfg, "cpu", torch.no_grad)
-    logps, _ = dpo.score(model, *dpo.pair_batch(pairs, [1, 0], names, VOCAB, "cpu"), names)
-    for k, v in logps.items():
-        torch.testing.assert_close(v, reference[k][[1, 0]], atol=1e-4, rtol=0)
+    cfg = config("rndpo", "--batch-size", "1")
+    (pairs, _), names = sided(make_pairs(), cfg), dpo.sequences_of(cfg)
+    reference = dpo.reference_logps(model, pairs, names, VOCAB, cfg, contextlib.nullcontext)
+    assert not any(r.whole.requires_grad for r in reference.values())
+    policy = dpo.score(model, *dpo.pair_batch(pairs, [1, 0], names, VOCAB, "cpu"), names)
+    for name, ratio in dpo.log_ratios(policy, reference, torch.tensor([1, 0])).items():
+        for v in (ratio.whole, ratio.omega):
+            torch.testing.assert_close(v, torch.zeros(2), atol=1e-4, rtol=0)
+        assert ratio.tokens is policy[name].tokens and (policy[name].whole < -1).all()
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_margins_grow_on_one_batch_in_every_comparison(model, objective):
-    cfg, names, pairs = config(objective), dpo.sequences_of(objective), make_pairs()
-    keep = {k: torch.tensor(v).float() for k, v in dpo.choose_rejected(pairs, cfg, PHRASES).items()}
-    reference = dpo.reference_logps(model, pairs, names, VOCAB, cfg, "cpu", torch.no_grad)
+@pytest.mark.parametrize("objective", TERMS)
+def test_margins_grow_on_one_batch_in_every_contrast(model, objective):
+    cfg = config(objective)
+    (pairs, keep), names = sided(make_pairs(), cfg), dpo.sequences_of(cfg)
+    keep = {k: torch.tensor(v).float() for k, v in keep.items()}
+    reference = dpo.reference_logps(model, pairs, names, VOCAB, cfg, contextlib.nullcontext)
     batch = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(30):
-        logps, sizes = dpo.score(model, *batch, names)
-        ratios = {k: v - reference[k] for k, v in logps.items()}
-        loss, _, margins = dpo.objective_loss(ratios, sizes, keep, cfg)
+    for _ in range(20):
+        ratios = dpo.log_ratios(dpo.score(model, *batch, names), reference, torch.arange(2))
+        loss, _, contrasts = dpo.objective_loss(ratios, keep, cfg)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    for name in dpo.OBJECTIVES[objective][1]:
-        assert dpo.masked_mean(margins[name], keep[name]) > 0.01, name
-    assert not any(v.requires_grad for v in reference.values())
+    for name, c in contrasts.items():
+        assert dpo.masked_mean(c.margin, keep[name]) > 0.01, name
+
+
+def test_the_log_tells_of_each_contrast_by_trls_names():
+    cfg, policy = config("dpo", "--beta", "0.5"), {"text_chosen": sums([-7.0, 0.0]), "text_rejected": sums([-9.0, 0.0])}
+    ratios = {"text_chosen": sums([3.0, 99.0]), "text_rejected": sums([1.0, -99.0])}
+    found = dpo.contrast_metrics(ratios, policy, {"text": contrast([1.0, -1.0], keep=torch.tensor([1.0, 0.0]))}, cfg)
+    assert {k: v.item() for k, v in found.items()} == {
+        "rewards_text/chosen": 1.5, "rewards_text/rejected": 0.5, "rewards_text/margins": 1.0,
+        "rewards_text/accuracies": 1.0, "logps_text/chosen": -7.0, "logps_text/rejected": -9.0}
 
 
 # Pairs
@@ -273,7 +318,7 @@ def test_margins_grow_on_one_batch_in_every_comparison(model, objective):
 
 def pairs_of(records, n=12, kinds=("noise", "mirror", "add"), seed=0, vqgan=None, candidates=1):
     cfg = dpo.DPOConfig(pairs=n, distort=kinds, seed=seed, candidates=candidates)
-    return dpo.build_pairs(records, cfg, vqgan or Means(), None, "cpu", contextlib.nullcontext)
+    return dpo.build_pairs(records, cfg, vqgan or Means(), None, contextlib.nullcontext)
 
 
 def as_tuples(pairs):
@@ -298,28 +343,30 @@ def test_a_pair_holds_the_genuine_and_the_distorted_codes():
     pairs = pairs_of(records, n=8, kinds=("invert",))
     assert len(pairs) == 8
     for pair in pairs:
-        record = records[int(pair.name.split("/")[1])]
+        record = records[pair.index]
         encode = lambda image: Means().encode(to_pixels(stack([image], 1)))[0].numpy()
-        assert np.array_equal(pair.codes, encode(record.image)) and pair.chosen == record.text
+        assert np.array_equal(pair.codes, encode(record.image)) and (pair.name, pair.chosen) == (record.name, record.text)
         assert np.array_equal(pair.distorted, encode(255 - record.image)) and pair.kind == "invert"
 
 
 def test_pairs_of_equal_codes_are_dropped_until_none_is_left():
-    with pytest.raises(UserError, match="dropped 9 whose codes the distortion left as they were"):
+    with pytest.raises(UserError, match=r"\b9\b.*--distort"):
         pairs_of([Phantoms("train", 9)[i] for i in range(9)], n=9, vqgan=Blind())
 
 
 def test_records_without_text_make_no_pairs(capsys):
     records = [replace(Phantoms("train", 9)[i], text="" if i % 2 else "Nodule.") for i in range(9)]
-    assert len(pairs_of(records, n=9, kinds=("invert",))) == 5 and "4 without text" in capsys.readouterr().out
-    with pytest.raises(UserError, match="2 without text"):
+    assert len(pairs_of(records, n=9, kinds=("invert",))) == 5 and re.search(r"\b4\b", capsys.readouterr().out)
+    with pytest.raises(UserError, match=r"\b2\b.*--distort"):
         pairs_of([Record(np.zeros((64, 64), np.uint8), "", "x")] * 2, n=2)
 
 
 def test_n_bounds_the_pairs_and_records_are_used_once():
-    pairs = pairs_of(Phantoms("train", 300, size=16), n=1000, kinds=("invert",))
+    """Across the boundary of a batch of encodings too."""
+    records = Phantoms("train", 300, size=16)
+    pairs = pairs_of(records, n=1000, kinds=("invert",))
     assert len(pairs) == len({p.name for p in pairs}) == 300
-    assert len(pairs_of(Phantoms("train", 300, size=16), n=7, kinds=("invert",))) == 7
+    assert len(pairs_of(records, n=7, kinds=("invert",))) == 7
 
 
 def test_candidates_are_different_distortions_of_one_record_the_first_as_without_them():
@@ -339,54 +386,53 @@ def test_of_a_records_pairs_the_one_noticed_least_is_taken():
     assert [p.kind for p in dpo.least_noticed(pairs, torch.tensor([-3.0, -1.0, -9.0, -2.0]))] == ["mirror", "add"]
 
 
-def test_candidates_leave_one_pair_a_record_by_its_report_on_the_distorted_image(trained, tmp_path, monkeypatch):
-    """All candidates are asked with one wording: else the wording decides, and not the image."""
-    flags, asked, real = copy_stages(trained, tmp_path / "out", "vqgan", "sft"), [], dpo.reference_logps
-    spy = lambda model, pairs, names, *more: asked.append((names, {p.wording for p in pairs})) or real(model, pairs, names, *more)
-    monkeypatch.setattr(dpo, "reference_logps", spy)
-    dpo.main([*flags, "--steps", "1", "--objective", "dpo", "--candidates", "3"])
-    assert asked == [(("text_distorted",), {0}), (dpo.sequences_of("dpo"), {0, 1, 2})]
-    hard, plain = ([json.loads(line) for line in (out / "pairs/pairs.jsonl").read_text().splitlines()]
-                   for out in (tmp_path / "out", trained))
-    indices = [p["index"] for p in hard]
-    assert len(indices) == len(set(indices)) and {p["index"] for p in plain} <= set(indices) and hard != plain
-
-
-def test_a_statement_is_about_findings_not_about_words():
-    assert statement("Left effusion. No nodule.", PHRASES) == statement("THERE IS A LEFT EFFUSION.", PHRASES)
-    assert statement("Left effusion.", PHRASES) != statement("Right effusion.", PHRASES)
-    # nothing known of findings: modality and body part; nothing of these either: the words
-    assert statement("A chest CT.", {}) == statement("CT of the chest", {}) != statement("MRI of the chest", {})
-    assert statement("One.", {}) != statement("Two.", {})
-
-
 def test_which_reports_count_as_rejected():
     """pair b's own report is normal: only a rejected report that states a finding differs from it."""
     for flags, counts in (([], [True, False]), (["--rejected", "own"], [True, True]),
                           (["--rejected", "distorted", "own"], [True, True])):
-        pairs = make_pairs()
-        assert dpo.choose_rejected(pairs, config("dpo", *flags), PHRASES)["text"].tolist() == counts
-    assert [p.rejected for p in pairs] == ["Normal.", "Enlarged heart. Left effusion."]       # evenly mixed
-    keep = dpo.choose_rejected(make_pairs(), config("napo"), PHRASES)
+        pairs, keep = sided(make_pairs(), config("dpo", *flags))
+        assert keep["text"].tolist() == counts
+    assert [p.rejected for p in pairs] == [REPORTS["distorted"], REPORTS["own"]]              # evenly mixed
+    _, keep = sided(make_pairs(), config("napo"))
     assert keep["language"].tolist() == [True, False] and keep["vision"].tolist() == [True, True]
+    _, keep = sided(make_pairs(), config("mdpo"))
+    assert keep["conditional"].tolist() == [True, True] and keep.keys() == set(dpo.contrasts_of(config("mdpo")))
+    assert sided(make_pairs(), config("sft"))[1] == {}
 
 
-def test_masks_without_difference_are_dropped_and_none_left_is_refused():
-    pairs = make_pairs()
-    assert dpo.choose_rejected(pairs, config("rndpo"), PHRASES)["mask"].tolist() == [True, False]
+def test_wordings_differ_between_pairs_and_are_drawn_from_the_seed():
+    def wordings(*flags):
+        pairs = [p for _ in range(20) for p in make_pairs()]
+        dpo.take_sides(pairs, config(*flags))
+        return [p.wording for p in pairs]
+    one = wordings("dpo", "--seed", "1")
+    assert one == wordings("bidpo", "--seed", "1") != wordings("dpo", "--seed", "2")
+    assert all(one.count(w) > 5 for w in range(3))
+
+
+def test_masks_without_difference_do_not_count_and_none_left_is_refused():
+    pairs, keep = sided(make_pairs(), config("rndpo"))
+    assert keep["mask"].tolist() == [True, False]
     pairs[0].proposals[:] = 1
-    with pytest.raises(UserError, match="of 2, chosen and rejected differ in: mask 0, image 2"):
-        dpo.choose_rejected(pairs, config("rndpo"), PHRASES)
+    with pytest.raises(UserError, match=r"--objective rndpo.*\bmask 0\b"):
+        sided(pairs, config("rndpo"))
     for p in pairs:
         p.chosen = p.reports["distorted"] = "Normal."
-    with pytest.raises(UserError, match="--objective dpo finds no usable preference pair: of 2, .* differ in: text 0"):
-        dpo.choose_rejected(pairs, config("dpo"), PHRASES)
+    with pytest.raises(UserError, match=r"--objective dpo.*\btext 0\b"):
+        sided(pairs, config("dpo"))
+
+
+def test_masks_are_ranked_by_their_agreement_not_by_the_truth():
+    """Agreement puts the first proposal of three above the last, the true mask the last above the first."""
+    pairs, _ = sided(make_pairs(), config("rndpo"))
+    assert [m.tolist() for m in pairs[0].masks] == [pairs[0].proposals[0].tolist(), pairs[0].proposals[2].tolist()]
+    assert all((m == pairs[1].codes).all() for m in pairs[1].masks)
 
 
 def test_a_flipped_pair_has_chosen_and_rejected_swapped():
     plain, flipped, half = make_pairs(), make_pairs(), [p for _ in range(500) for p in make_pairs()]
     for pairs, share in ((plain, "0"), (flipped, "1"), (half, "0.3")):
-        dpo.choose_rejected(pairs, config("rndpo", "--flip-pairs", share), PHRASES)
+        dpo.take_sides(pairs, config("rndpo", "--flip-pairs", share))
     for one, two in zip(plain, flipped):
         assert (one.chosen, one.rejected) == (two.rejected, two.chosen)
         assert all((a == b).all() for a, b in zip(one.masks, two.masks[::-1]))
@@ -395,12 +441,12 @@ def test_a_flipped_pair_has_chosen_and_rejected_swapped():
 
 def test_the_judge_ranks_and_errs():
     rng, scores = np.random.default_rng(0), np.array([0.1, 0.9, 0.5, 0.3])
-    assert dpo.mine(scores, "top-bottom", 0.0, rng) == (1, 0)
-    assert dpo.mine(scores, "top-bottom", 1.0, rng) == (0, 1)
-    random = [dpo.mine(scores, "random", 0.0, rng) for _ in range(80)]
+    rank = lambda mining, noise: dpo.rank_proposals(scores, mining, noise, rng)
+    assert rank("top-bottom", 0.0) == (1, 0) and rank("top-bottom", 1.0) == (0, 1)
+    random = [rank("random", 0.0) for _ in range(80)]
     assert all(scores[a] > scores[b] for a, b in random) and len(set(random)) == 6
     # one comparison is wrong as often as the judge is; the whole ranking less often
-    share = lambda mining: np.mean([scores[a] < scores[b] for a, b in (dpo.mine(scores, mining, 0.3, rng) for _ in range(2000))])
+    share = lambda mining: np.mean([scores[a] < scores[b] for a, b in (rank(mining, 0.3) for _ in range(2000))])
     assert share("random") == pytest.approx(0.3, abs=0.04) and share("top-bottom") < 0.22
 
 
@@ -408,9 +454,13 @@ def test_the_judge_ranks_and_errs():
 def test_a_judge_without_opinion_draws_lots(k):
     """Equal scores favour no proposal, and no pair is lost to a cycle of a noisy judge's comparisons."""
     rng = np.random.default_rng(0)
-    drawn = [dpo.mine(np.full(k, 0.5), "top-bottom", noise, rng) for noise in (0.0, 0.4) for _ in range(1000)]
+    drawn = [dpo.rank_proposals(np.full(k, 0.5), "top-bottom", noise, rng) for noise in (0.0, 0.4) for _ in range(1000)]
     assert all(a != b for a, b in drawn)
     assert np.bincount([a for a, _ in drawn]) / len(drawn) == pytest.approx(np.full(k, 1 / k), abs=0.05)
+
+
+def without_masks(pairs):
+    return [replace(p, structure="", proposals=None, scores=None) for p in pairs]
 
 
 def test_proposals_are_scored_by_each_other_and_by_the_truth(monkeypatch):
@@ -418,23 +468,15 @@ def test_proposals_are_scored_by_each_other_and_by_the_truth(monkeypatch):
     truth, wrong = np.zeros((8, 8), bool), np.zeros((8, 8), bool)
     truth[:4], wrong[4:] = True, True
     records = [replace(Phantoms("train", 1)[0], masks={}), replace(Phantoms("train", 1)[0], masks={"heart": truth})]
-    drawn, codes = np.stack([wrong, truth, wrong]), np.arange(12).reshape(3, 4)
-    monkeypatch.setattr(dpo, "draw_masks", lambda *a: (drawn, codes))
-    pairs = make_pairs()
-    for p in pairs:
-        p.structure, p.proposals = "", None
-    dpo.add_proposals(pairs, records, None, VOCAB, None, config("rndpo"))
+    drawn, codes, asked = np.stack([wrong, truth, wrong]), np.arange(12).reshape(3, 4), []
+    monkeypatch.setattr(dpo, "draw_masks", lambda model, vocab, vqgan, codes, structures, **options: asked.append(
+        (np.stack(codes).tolist(), structures, options["temperature"])) or (drawn, np.arange(12).reshape(3, 4)))
+    pairs, cfg = without_masks(make_pairs()), config("rndpo")
+    dpo.add_proposals(pairs, records, None, VOCAB, None, cfg)
     assert pairs[0].structure == "" and pairs[0].proposals is None and pairs[1].structure == "heart"
     np.testing.assert_allclose(pairs[1].scores, [[0.5, 0, 0.5], [0, 1, 0]])
     assert np.array_equal(pairs[1].proposals, codes)
-
-
-def test_agreement_and_truth_may_name_different_masks():
-    for judge, best, worst in (("agreement", 0, 2), ("truth", 2, 0)):
-        pairs = make_pairs()
-        dpo.choose_rejected(pairs, config("rndpo", "--judge", judge), PHRASES)
-        assert pairs[0].masks[0].tolist() == pairs[0].proposals[best].tolist()
-        assert pairs[0].masks[1].tolist() == pairs[0].proposals[worst].tolist()
+    assert asked == [([pairs[1].codes.tolist()] * cfg.proposals, ["heart"] * cfg.proposals, cfg.pair_temperature)]
 
 
 def test_semantic_entropy_by_hand(monkeypatch):
@@ -445,6 +487,30 @@ def test_semantic_entropy_by_hand(monkeypatch):
     pairs = make_pairs()
     dpo.add_entropy(pairs, None, VOCAB, config("mfpo", "--entropy-samples", "4"), PHRASES)
     assert pairs[0].entropy == pytest.approx(math.log(2)) and pairs[1].entropy == 0
+
+
+@pytest.mark.parametrize("objective, flags, added", [
+    ("bidpo", [], set()), ("sft", [], set()), ("dpo", ["--rejected", "own"], {"own"}),
+    ("napo", [], {"scrambled", "no-question"}), ("mfpo", [], {"entropy"}), ("rndpo", [], {"masks"})])
+def test_what_the_objective_needs_is_added_and_nothing_else(monkeypatch, objective, flags, added):
+    done = set()
+    monkeypatch.setattr(dpo, "sample_reports", lambda pairs, writer, *a: done.add(writer) or ["New."] * len(pairs))
+    monkeypatch.setattr(dpo, "add_entropy", lambda *a: done.add("entropy"))
+    monkeypatch.setattr(dpo, "add_proposals", lambda pairs, *a: done.add("masks") or setattr(pairs[0], "structure", "heart"))
+    pairs = [replace(p, reports={"distorted": "Normal."}, entropy=None) for p in without_masks(make_pairs())]
+    add = lambda: dpo.add_missing(pairs, config(objective, *flags), [], PHRASES, None, VOCAB, None)
+    assert add() == bool(added) and done == added
+    assert all(p.reports == {"distorted": "Normal."} | dict.fromkeys(added - {"entropy", "masks"}, "New.") for p in pairs)
+    for p in pairs:
+        p.entropy = 0.5                                      # as add_entropy would have
+    done.clear()
+    assert not add() and not done
+
+
+def test_masks_that_no_record_has_are_asked_for():
+    records = [replace(Phantoms("train", 2)[i], masks={}) for i in range(2)]
+    with pytest.raises(UserError, match="--objective rndpo"):
+        dpo.add_missing(without_masks(make_pairs()), config("rndpo"), records, PHRASES, None, VOCAB, None)
 
 
 def test_the_curriculum_goes_from_easy_to_hard():
@@ -459,11 +525,10 @@ def test_the_curriculum_goes_from_easy_to_hard():
 def test_each_writer_sees_what_it_should():
     pair = make_pairs()[0]
     seen = {w: prompt(pair, VOCAB, "Describe.") for w, prompt in dpo.WRITERS.items()}
-    assert seen["own"] == VOCAB.understand(pair.codes, "Describe.")
-    assert seen["distorted"] == VOCAB.understand(pair.distorted, "Describe.")
-    assert seen["no-image"] == VOCAB.understand(dpo.shuffled(pair), "Describe.") != seen["own"]
-    assert sorted(dpo.shuffled(pair)) == sorted(pair.codes)
-    assert seen["no-question"] == [VOCAB.bos, *VOCAB.image(pair.codes)]
+    ask = VOCAB.read_prompt
+    assert seen == {"own": ask(pair.codes, "Describe."), "distorted": ask(pair.distorted, "Describe."),
+                    "scrambled": ask(dpo.scrambled(pair), "Describe."), "no-question": ask(pair.codes, "")}
+    assert sorted(dpo.scrambled(pair)) == sorted(pair.codes) and seen["scrambled"] != seen["own"]
 
 
 def test_the_key_region_is_what_the_report_hangs_on(monkeypatch, model):
@@ -471,7 +536,7 @@ def test_the_key_region_is_what_the_report_hangs_on(monkeypatch, model):
     costs = torch.tensor([0.0] + [1.0] * 16)
     costs[6], costs[7] = 3.0, 2.0
     record = Record(np.full((64, 64), 200, np.uint8), "Enlarged heart.", "x", (Finding("cardiomegaly"),))
-    ask = lambda: dpo.key_region(record, model, VOCAB, Small(), 1, "cpu", contextlib.nullcontext)
+    ask = lambda: dpo.key_region(record, model, VOCAB, Small(), contextlib.nullcontext)
     monkeypatch.setattr(dpo, "sequence_logps", lambda *a: -costs)
     expected = np.zeros((64, 64), bool)
     expected[16:32, 16:48] = True
@@ -487,75 +552,15 @@ class Small(Means):
         return super().encode(x) // 5
 
 
-# The program
-
-
-def test_the_log_starts_at_log_2_with_margins_0(trained):
-    first = json.loads((trained / "dpo.jsonl").read_text().splitlines()[0])
-    assert first["step"] == 0
-    for term in ("text", "image", "conditional"):
-        assert first[f"loss_{term}"] == pytest.approx(math.log(2), abs=1e-4)
-        assert first[f"rewards_{term}/margins"] == pytest.approx(0, abs=1e-4)
-    assert first["drift/text_chosen"] == pytest.approx(0, abs=1e-4)
-
-
-def test_the_control_logs_no_preferences(trained):
-    last = json.loads((trained / "control.jsonl").read_text().splitlines()[-1])
-    assert last["step"] == 11 and not any(k.startswith(("loss_", "rewards_")) for k in last) and last["nll_loss"] > 0
-
-
-def copy_stages(trained, out, *stages):
-    out.mkdir(parents=True)
-    for stage in stages:
-        shutil.copytree(trained / stage, out / stage)
-    return ["--preset", "tiny", "--dtype", "float32", "--out", str(out)]
-
-
-def test_every_objective_runs_on_the_same_pairs(trained, tmp_path, capsys):
-    """What an objective needs is added to out/pairs; what is there stays as it was."""
-    flags = copy_stages(trained, tmp_path / "out", "vqgan", "sft", "pairs")
-    before = [json.loads(line) for line in (tmp_path / "out/pairs/pairs.jsonl").read_text().splitlines()]
-    for objective in ("dpo", "mdpo", "mfpo", "napo", "rndpo"):
-        dpo.main([*flags, "--steps", "2", "--objective", objective, "--name", objective])
-        first = json.loads((tmp_path / f"out/{objective}.jsonl").read_text().splitlines()[0])
-        terms = {k[5:] for k in first if k.startswith("loss_")}
-        assert terms == {"dpo": {"text"}, "mdpo": {"text", "conditional", "anchor"}, "mfpo": {"text", "conditional", "anchor"},
-                         "napo": {"text", "language", "vision"}, "rndpo": {"mask", "image"}}[objective]
-    after = [json.loads(line) for line in (tmp_path / "out/pairs/pairs.jsonl").read_text().splitlines()]
-    assert [r["reports"]["distorted"] for r in after] == [r["reports"]["distorted"] for r in before]
-    assert all({"distorted", "no-image", "no-question"} == r["reports"].keys() and r["entropy"] >= 0 for r in after)
-    assert len(dpo.read_pairs(tmp_path / "out/pairs")[0].proposals) == 3
-    capsys.readouterr()
-    dpo.main([*flags, "--steps", "2", "--objective", "rndpo", "--name", "again"])
-    assert "mask proposals" not in capsys.readouterr().err
-    one, two = (read_tensors(tmp_path / f"out/{n}/model.safetensors") for n in ("rndpo", "again"))
-    assert all(torch.equal(one[k], two[k]) for k in one)          # read back, the pairs are the same
-
-
-def test_pairs_are_built_once_for_one_recipe(trained):
-    """dpo and its control share out/pairs; its texts can be read."""
-    rows = [json.loads(line) for line in (trained / "pairs/pairs.jsonl").read_text().splitlines()]
-    codes = read_tensors(trained / "pairs/codes.safetensors")
-    assert len(rows) == len(codes["genuine"]) and all(r["chosen"] and r["reports"].keys() == {"distorted"} for r in rows)
-    assert (codes["genuine"] != codes["distorted"]).any(1).all()
-
-
-def test_another_recipe_builds_other_pairs(trained, tmp_path):
-    flags = copy_stages(trained, tmp_path / "out", "vqgan", "sft", "pairs")
-    kinds = lambda: {json.loads(line)["kind"] for line in (tmp_path / "out/pairs/pairs.jsonl").read_text().splitlines()}
-    assert "noise" not in kinds()
-    dpo.main([*flags, "--steps", "1", "--objective", "dpo", "--distort", "noise"])
-    assert kinds() == {"noise"}
+# Pairs on disk
 
 
 def test_pairs_come_back_as_they_were_written(tmp_path):
     """Also reports of scrambled words, with the line separators of Unicode in them, and pairs with and without masks."""
     pairs = make_pairs()
     pairs[1].reports["own"] = "a\u2028b\x85c\x1cd\r\ne"
-    (tmp_path / "out").mkdir()
-    cfg = dpo.DPOConfig(out=str(tmp_path / "out"))
-    dpo.write_pairs(cfg, pairs, {})
-    for one, two in zip(pairs, dpo.read_pairs(tmp_path / "out/pairs"), strict=True):
+    dpo.write_pairs(dpo.DPOConfig(out=str(tmp_path)), pairs, {})
+    for one, two in zip(pairs, dpo.read_pairs(tmp_path / "pairs"), strict=True):
         assert (one.index, one.name, one.kind, one.chosen, one.reports, one.entropy, one.structure) == (
             two.index, two.name, two.kind, two.chosen, two.reports, two.entropy, two.structure)
         for name in ("codes", "distorted", "proposals", "scores"):
@@ -563,27 +568,114 @@ def test_pairs_come_back_as_they_were_written(tmp_path):
             assert (a is None and b is None) or np.array_equal(a, b)
 
 
-def test_pairs_that_cannot_be_read_are_named(trained, tmp_path):
-    flags = copy_stages(trained, tmp_path / "out", "vqgan", "sft", "pairs")
-    (tmp_path / "out/pairs/pairs.jsonl").write_text('{"name": "x"}\n')
-    with pytest.raises(UserError, match="pairs cannot be read"):
-        dpo.main(flags)
+@pytest.mark.parametrize("file, content", [
+    ("pairs.jsonl", b'{"name": "x"}\n'), ("pairs.jsonl", b""), ("pairs.jsonl", b"[]\n[]\n"),
+    ("pairs.jsonl", b"\xff\n\xff\n"), ("codes.safetensors", b"x"), ("codes.safetensors", None)])
+def test_pairs_that_cannot_be_read_are_named(tmp_path, file, content):
+    dpo.write_pairs(dpo.DPOConfig(out=str(tmp_path)), make_pairs(), {})
+    (tmp_path / "pairs" / file).unlink()
+    if content is not None:
+        (tmp_path / "pairs" / file).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "pairs"))):
+        dpo.read_pairs(tmp_path / "pairs")
 
 
-def test_resume_knows_the_model_it_started_from(trained, tmp_path):
-    flags = copy_stages(trained, tmp_path / "out", "vqgan", "sft", "pairs", "dpo")
-    model = GPT.from_pretrained(tmp_path / "out/sft")
+# The program
+
+
+def run(out, *flags):
+    dpo.main(["--preset", "tiny", "--dtype", "float32", "--out", str(out), *flags])
+
+
+def rows_of(out):
+    """The lines of out/pairs/pairs.jsonl."""
+    return [json.loads(line) for line in (out / "pairs/pairs.jsonl").read_text().splitlines()]
+
+
+def test_the_log_starts_at_log_2_with_margins_0(trained):
+    first = read_log(trained / "bidpo.jsonl")[0]
+    assert first["step"] == 0 and first["loss_anchor"] == pytest.approx(2 * LOG2, abs=1e-4)
+    for name in dpo.contrasts_of(config("bidpo")):
+        assert first[f"loss_{name}"] == pytest.approx(LOG2, abs=1e-4)
+        assert first[f"rewards_{name}/margins"] == pytest.approx(0, abs=1e-4)
+    assert first["drift/text_chosen"] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_loss_is_the_objective_and_the_two_sft_terms(trained):
+    """As the log has them, weighed as the flags say, in the first step and in the last."""
+    for name, objective in (("bidpo", "bidpo"), ("control", "sft")):
+        cfg, rows = config(objective), read_log(trained / f"{name}.jsonl")
+        assert [rows[0]["step"], rows[-1]["step"]] == [0, cfg.steps - 1]
+        for row in rows:
+            terms = {k.removeprefix("loss_"): v for k, v in row.items() if k.startswith("loss_")}
+            assert terms.keys() == set(TERMS.get(objective, ()))
+            expected = sum(getattr(cfg, f"{term}_weight") * v for term, v in terms.items()) \
+                + cfg.sft_weight * row["nll_loss"] + cfg.rehearsal_weight * row["rehearsal_loss"]
+            assert row["loss"] == pytest.approx(expected, abs=1e-4) and row["nll_loss"] > 0
+
+
+def test_the_control_logs_no_preferences(trained):
+    assert not any(k.startswith(("loss_", "rewards_", "logps_")) for row in read_log(trained / "control.jsonl") for k in row)
+
+
+def test_every_objective_runs_on_the_same_pairs(out, capsys):
+    """To the folder of its name. What it needs is added to out/pairs; what is there stays as it was."""
+    before = rows_of(out)
+    for objective in ("dpo", "mdpo", "mfpo", "napo", "rndpo"):
+        run(out, "--steps", "2", "--objective", objective)
+        terms = {k[5:] for k in read_log(out / f"{objective}.jsonl")[0] if k.startswith("loss_")}
+        assert terms == set(TERMS[objective]) and (out / objective / "model.safetensors").exists()
+    after = rows_of(out)
+    assert [r["reports"]["distorted"] for r in after] == [r["reports"]["distorted"] for r in before]
+    assert all({"distorted", "scrambled", "no-question"} == r["reports"].keys() and r["entropy"] >= 0 for r in after)
+    assert len(dpo.read_pairs(out / "pairs")[0].proposals) == config("rndpo").proposals
+    made = (out / "pairs/pairs.jsonl").stat().st_mtime_ns
+    run(out, "--steps", "2", "--objective", "rndpo", "--name", "again")
+    assert (out / "pairs/pairs.jsonl").stat().st_mtime_ns == made
+    one, two = (read_tensors(out / f"{n}/model.safetensors") for n in ("rndpo", "again"))
+    assert all(torch.equal(one[k], two[k]) for k in one)          # read back, the pairs are the same
+
+
+def test_pairs_are_built_once_for_one_recipe(trained):
+    """bidpo and its control share out/pairs; its texts can be read."""
+    rows, codes = rows_of(trained), read_tensors(trained / "pairs/codes.safetensors")
+    assert len(rows) == len(codes["genuine"]) and all(r["chosen"] and r["reports"].keys() == {"distorted"} for r in rows)
+    assert (codes["genuine"] != codes["distorted"]).any(1).all()
+
+
+def test_another_recipe_builds_other_pairs(out):
+    assert "noise" not in {r["kind"] for r in rows_of(out)}
+    run(out, "--steps", "1", "--objective", "dpo", "--distort", "noise")
+    assert {r["kind"] for r in rows_of(out)} == {"noise"}
+
+
+def test_candidates_leave_one_pair_a_record_by_its_report_on_the_distorted_image(out, monkeypatch):
+    """All candidates are asked with one wording: else the wording decides, and not the image."""
+    plain, asked, real = rows_of(out), [], dpo.reference_logps
+    spy = lambda model, pairs, *more: asked.append((more[0], {p.wording for p in pairs})) or real(model, pairs, *more)
+    monkeypatch.setattr(dpo, "reference_logps", spy)
+    run(out, "--steps", "1", "--objective", "dpo", "--candidates", "3")
+    assert asked == [(("text_distorted",), {0}), (dpo.sequences_of(config("dpo")), {0, 1, 2})]
+    hard = rows_of(out)
+    indices = [p["index"] for p in hard]
+    assert len(indices) == len(set(indices)) and {p["index"] for p in plain} <= set(indices) and hard != plain
+
+
+def test_resume_knows_the_model_it_started_from(out):
+    model = GPT.from_pretrained(out / "sft")
     with torch.no_grad():
         model.model.norm.weight.add_(0.1)
-    model.save_pretrained(tmp_path / "out/sft")
-    with pytest.raises(UserError, match="was started from another .*sft"):
-        dpo.main([*flags, "--resume"])
+    model.save_pretrained(out / "sft")
+    before = read_tensors(out / "bidpo/model.safetensors")
+    with pytest.raises(UserError, match="--resume.*" + re.escape(str(out / "sft"))):
+        run(out, "--resume")
+    after = read_tensors(out / "bidpo/model.safetensors")
+    assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_stopped_and_resumed_equals_never_stopped(trained, tmp_path, monkeypatch):
-    whole, halved = (copy_stages(trained, tmp_path / n, "vqgan", "sft", "pairs") for n in ("whole", "halved"))
-    steps = ["--steps", "8", "--save-every", "4"]
-    dpo.main([*whole, *steps])
+def test_stopped_and_resumed_equals_never_stopped(out, monkeypatch):
+    steps = ["--steps", "4", "--save-every", "2"]
+    run(out, *steps, "--name", "whole")
     save_state = dpo.save_state
 
     def save_and_die(*args, **kwargs):
@@ -591,48 +683,38 @@ def test_stopped_and_resumed_equals_never_stopped(trained, tmp_path, monkeypatch
         raise KeyboardInterrupt
     monkeypatch.setattr(dpo, "save_state", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        dpo.main([*halved, *steps])
+        run(out, *steps, "--name", "halved")
     monkeypatch.undo()
-    dpo.main([*halved, *steps, "--resume"])
-    whole, halved = (read_tensors(tmp_path / n / "dpo/model.safetensors") for n in ("whole", "halved"))
+    assert not (out / "halved").exists()
+    run(out, *steps, "--name", "halved", "--resume")
+    whole, halved = (read_tensors(out / f"{n}/model.safetensors") for n in ("whole", "halved"))
     assert all(torch.equal(whole[k], halved[k]) for k in whole)
+    assert [r["step"] for r in read_log(out / "halved.jsonl")] == [r["step"] for r in read_log(out / "whole.jsonl")]
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--distort", "melt"], "--distort melt is unknown; there are: noise"),
-    (["--rejected", "nobody"], "--rejected nobody is unknown; there are: distorted"),
-    (["--strength", "2000"], "from 1 to 1000"),
-    (["--flip-pairs", "1.5"], "--flip-pairs 1.5 is a share"),
-    (["--objective", "napo", "--q-min", "0"], "--q-min 0.0 and --q-max 1.0 must lie"),
-    (["--objective", "rndpo", "--proposals", "1"], "leaves nothing to compare"),
-    (["--name", "sft"], "is taken"),
-    (["--name", "control"], "goes with --objective sft"),
-    (["--name", "../up"], "no plain name"),
-    (["--bias", "0.5"], "was trained on phantoms --bias 0.9"),
-])
-def test_bad_flags_are_refused_in_one_sentence(trained, flags, message):
-    with pytest.raises(UserError, match=message):
-        dpo.main(["--preset", "tiny", "--out", str(trained), *flags])
+@pytest.mark.parametrize("objective, flags, name", [
+    ("bidpo", [], "bidpo"), ("napo", [], "napo"), ("sft", [], "control"), ("sft", ["--name", "more"], "more"),
+    ("dpo", ["--name", "mine"], "mine")])
+def test_a_model_is_written_to_the_folder_of_its_objective_or_name(objective, flags, name):
+    assert dpo.check_flags(config(objective, *flags)) == name
 
 
-def test_an_unknown_objective_is_named_with_those_that_exist(capsys):
-    with pytest.raises(SystemExit) as stop:
-        dpo.main(["--objective", "ppo"])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and all(o in error for o in dpo.OBJECTIVES)
+@pytest.mark.parametrize("flags, named", [
+    (["--q-min", "0.5", "--q-max", "0.4"], "--q-min 0.5.*--q-max 0.4"),
+    (["--name", "control"], "--name control.*--objective sft"), *((["--name", name], f"--name {re.escape(name)}")
+      for name in ("vqgan", "sft", "pairs", "reader", "eval", "..", "../up", "a/b", "a.partial"))])
+def test_flags_that_do_not_go_together_are_refused(flags, named):
+    with pytest.raises(UserError, match=named):
+        dpo.check_flags(config("napo", *flags))
 
 
-def test_rndpo_without_masks_is_refused(trained, tmp_path, monkeypatch):
-    flags = copy_stages(trained, tmp_path / "out", "vqgan", "sft", "pairs")
-    record = Phantoms.__getitem__
-    monkeypatch.setattr(Phantoms, "__getitem__", lambda self, i: replace(record(self, i), masks={}))
-    with pytest.raises(UserError, match="rndpo compares masks, and no training record has any"):
-        dpo.main([*flags, "--objective", "rndpo"])
+def test_another_bias_than_the_models_is_refused(out):
+    with pytest.raises(UserError, match=re.escape(str(out / "sft")) + ".*--bias"):
+        run(out, "--bias", "0.5")
 
 
-def test_models_of_two_tokenizers_do_not_mix(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "out")
-    path = tmp_path / "out/sft/config.json"
+def test_models_of_two_tokenizers_do_not_mix(out):
+    path = out / "sft/config.json"
     path.write_text(path.read_text().replace('"vqgan_hash": "', '"vqgan_hash": "0'))
-    with pytest.raises(UserError, match="another image tokenizer"):
-        dpo.main(["--preset", "tiny", "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=re.escape(str(out / "sft"))):
+        run(out)

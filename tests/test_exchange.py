@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,19 +15,19 @@ from torch.testing import assert_close
 import dpo
 import sample
 import sft
-from data import INSTRUCTIONS, Vocabulary
-from model import (GPT, GPTConfig, LoRALinear, UserError, add_lora, generate, make_optimizers, merged_state, read_tensors,
-                   save_adapter)
-from sft import load_gpt
-from tests.conftest import figures_of
+from conftest import figures_of
+from model import (GPT, Adapter, GPTConfig, LoRALinear, UserError, add_lora, folder_hash, generate, make_optimizers,
+                   merged_state, read_tensors, save_adapter, save_tuned)
+from sft import INSTRUCTIONS, Vocabulary, extend_vocabulary, load_gpt
 from vqgan import VQGAN
 
 TINY = ["--preset", "tiny", "--dtype", "float32"]
+SHORT = [*TINY, *"--records 32 --batch-size 8 --val-records 4".split()]
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
 
 
-def lora(rank=2, alpha=8.0, dropout=0.0, targets=("q_proj", "v_proj")):
-    return SimpleNamespace(lora_rank=rank, lora_alpha=alpha, lora_dropout=dropout, lora_targets=targets)
+def lora(rank=2, alpha=8.0, dropout=0.0, targets=("q_proj", "v_proj"), merge=False):
+    return SimpleNamespace(lora_rank=rank, lora_alpha=alpha, lora_dropout=dropout, lora_targets=targets, lora_merge=merge)
 
 
 def write_tokenizer(folder, extra=(), last=257):
@@ -49,7 +50,8 @@ def qwen3(request, tmp_path):
     folder.mkdir()
     torch.manual_seed(1)
     model = GPT(GPTConfig(vocab_size=262, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                          num_key_value_heads=2, head_dim=16, rope_theta=5000.0, tie_word_embeddings=request.param == "tied"))
+                          num_key_value_heads=2, head_dim=16, rope_theta=5000.0,
+                          tie_word_embeddings=request.param == "tied"))
     ours = ("rope_theta", "image_token_start", "vqgan_hash", "data")
     config = {k: v for k, v in model.config_json().items() if k not in ours}
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5000.0}
@@ -64,9 +66,7 @@ def qwen3(request, tmp_path):
     return SimpleNamespace(folder=folder, model=model.eval())
 
 
-# ---------------------------------------------------------------------------------------------
-# In
-# ---------------------------------------------------------------------------------------------
+# ---- In ------------------------------------------------------------------------------------------
 
 
 def test_shards_and_either_place_of_rope_theta(qwen3):
@@ -91,7 +91,7 @@ def test_growing_changes_no_old_logit_and_new_tokens_start_as_average_ones(qwen3
 
 
 def test_a_foreign_tokenizer_keeps_its_ids(qwen3):
-    vocab, text = Vocabulary.extend(qwen3.folder, 16), "Left pleural effusion <image>."
+    vocab, text = extend_vocabulary(qwen3.folder, 16), "Left pleural effusion <image>."
     plain = Tokenizer.from_file(str(qwen3.folder / "tokenizer.json"))
     plain.no_padding(), plain.no_truncation()
     assert vocab.encode_text("Left effusion.") == plain.encode("Left effusion.").ids and 256 in vocab.encode_text("left")
@@ -104,24 +104,26 @@ def test_a_foreign_tokenizer_keeps_its_ids(qwen3):
 
 
 @pytest.fixture
-def out(trained, tmp_path):
-    """A new --out with the trained image tokenizer in it."""
-    (tmp_path / "out").mkdir()
-    shutil.copytree(trained / "vqgan", tmp_path / "out" / "vqgan")
-    return tmp_path / "out"
+def begun(trained, tmp_path):
+    """A new --out with the trained image tokenizer in it alone."""
+    shutil.copytree(trained / "vqgan", tmp_path / "begun" / "vqgan")
+    return tmp_path / "begun"
 
 
-@pytest.mark.parametrize("qwen3, extra", [("tied", []), ("untied", ["--lora-rank", "2"]), ("tied", ["--lora-rank", "2", "--lora-merge"])],
-                         indirect=["qwen3"], ids=["full", "lora", "merged"])
-def test_a_foreign_model_learns_to_see_and_draw(qwen3, out, extra, capsys):
+@pytest.mark.parametrize("qwen3, extra", [
+    ("tied", []), ("untied", ["--lora-rank", "2"]), ("tied", ["--lora-rank", "2", "--lora-merge"])],
+    indirect=["qwen3"], ids=["full", "lora", "merged"])
+def test_a_foreign_model_learns_to_see_and_draw(qwen3, begun, extra):
     """All three stages from a Qwen3 folder; with LoRA its own rows and matrices stay as they were."""
-    sft.main([*TINY, "--out", str(out), "--init", str(qwen3.folder), "--steps", "30", *extra])
-    written = {p.name for p in (out / "sft").iterdir()}
+    sft.main([*SHORT, "--out", str(begun), "--init", str(qwen3.folder), "--steps", "16", "--val-every", "16", *extra])
+    written = {p.name for p in (begun / "sft").iterdir()}
     assert ("adapter_model.safetensors" in written) == ("--lora-rank" in extra and "--lora-merge" not in extra)
     assert ("model.safetensors" in written) != ("adapter_model.safetensors" in written)
-    model, vocab = load_gpt(out / "sft", VQGAN.from_pretrained(out / "vqgan"), "cpu")
-    rows = figures_of(out / "sft.jsonl")
-    assert rows[-1]["loss"] < rows[0]["loss"] < 8 and vocab.size == model.config.vocab_size == 264 + 64
+    vqgan = VQGAN.from_pretrained(begun / "vqgan")
+    model, vocab = load_gpt(begun / "sft", vqgan, "cpu")
+    rows = figures_of(begun / "sft.jsonl")
+    assert rows[-1]["loss"] < rows[0]["loss"] < 8
+    assert vocab.size == model.config.vocab_size == 264 + vqgan.config.codebook_size
     changed = {k for k, v in GPT.from_pretrained(qwen3.folder).state_dict().items()
                if not torch.equal(v[:259], model.state_dict()[k][:259])}
     if extra:
@@ -129,15 +131,15 @@ def test_a_foreign_model_learns_to_see_and_draw(qwen3, out, extra, capsys):
         assert not torch.equal(model.model.embed_tokens.weight[259], model.model.embed_tokens.weight[260])
     else:
         assert len(changed) == len(model.state_dict())
-    dpo.main([*TINY, "--out", str(out), "--steps", "2", *extra])
-    sample.main([*TINY, "--out", str(out), "--n", "4", "--judge-steps", "2", "generate", "Left effusion."])
-    assert (out / "generate.png").exists()
+    dpo.main([*TINY, "--out", str(begun), "--records", "32", "--pairs", "8", "--steps", "2", *extra])
+    sample.main([*TINY, "--out", str(begun), "--count", "1", "generate", "Left effusion."])
+    assert (begun / "generate.png").exists()
 
 
 def test_ours_goes_on_with_its_own_tokenizer_and_vocabulary(trained, tmp_path):
     """--init out/sft brings the image tokenizer beside it; at learning rate 0 nothing changes, other data or not."""
     new = tmp_path / "new"
-    sft.main([*TINY, "--out", str(new), "--init", str(trained / "sft"), "--steps", "2", "--lr", "0", "--muon-lr", "0",
+    sft.main([*SHORT, "--out", str(new), "--init", str(trained / "sft"), "--steps", "2", "--lr", "0", "--muon-lr", "0",
               "--bias", "0"])
     ids = torch.tensor([[1, 5, 300]])
     assert_close(GPT.from_pretrained(new / "sft")(ids), GPT.from_pretrained(trained / "sft")(ids))
@@ -145,12 +147,12 @@ def test_ours_goes_on_with_its_own_tokenizer_and_vocabulary(trained, tmp_path):
     assert GPT.from_pretrained(new / "sft").config.data != GPT.from_pretrained(trained / "sft").config.data
 
 
-def test_a_run_never_starts_from_what_it_writes_over(trained):
-    before = (trained / "sft/model.safetensors").read_bytes()
-    for name in ("control/../sft", "dpo"):         # the second may be an adapter over the first
-        with pytest.raises(UserError, match="would write over"):
-            sft.main([*TINY, "--out", str(trained), "--init", str(trained / name), "--lora-rank", "2"])
-    assert (trained / "sft/model.safetensors").read_bytes() == before
+def test_a_run_never_starts_from_what_it_writes_over(out):
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    for init in (out / "sft", out.parent / "elsewhere/../out/sft", out / "bidpo"):     # the last may be an adapter over sft
+        with pytest.raises(UserError, match=f"--init {init} .*--out {out}"):
+            sft.main([*TINY, "--out", str(out), "--init", str(init), "--lora-rank", "2"])
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
 def spoil(change):
@@ -161,25 +163,26 @@ def spoil(change):
 
 
 @pytest.mark.parametrize("qwen3", ["tied"], indirect=True)
-@pytest.mark.parametrize("damage, says", [
-    (spoil({"model_type": "llama"}), "model_type 'llama', and only 'qwen3' is read here"),
-    (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "model-00002-of-00002.safetensors.*bring back what is missing"),
-    (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "not a whole model folder"),
-    (spoil({"intermediate_size": 40}), "do not belong together"),
-    (spoil({"num_hidden_layers": 3}), "do not belong together"),
-    (lambda f: write_tokenizer(f, [f"<extra_{i}>" for i in range(4)]), "263 tokens, the embedding only 262 rows"),
-    (lambda f: write_tokenizer(f, ["<image>"]), "uses <image> for itself"),
-    (lambda f: write_tokenizer(f, last=300), "numbers its 259 tokens up to 300"),
-    (spoil({"head_dim": None}), "describes no model"),
-    (spoil({"rope_parameters": {"type": "yarn"}}), "'rope_type': 'yarn'"),
-    (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json cannot be read"),
-    (lambda f: shutil.rmtree(f), "does not exist"),
+@pytest.mark.parametrize("damage, named", [
+    (spoil({"model_type": "llama"}), "qwen3/config.json .*llama"),
+    (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "qwen3 .*model-00002-of-00002.safetensors"),
+    (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "qwen3 "),
+    (spoil({"intermediate_size": 40}), "qwen3: "),
+    (spoil({"num_hidden_layers": 3}), "qwen3: "),
+    (lambda f: write_tokenizer(f, [f"<extra_{i}>" for i in range(4)]), "qwen3/tokenizer.json .*263 .*262 "),
+    (lambda f: write_tokenizer(f, ["<image>"]), "qwen3/tokenizer.json .*<image>"),
+    (lambda f: write_tokenizer(f, last=300), "qwen3/tokenizer.json .*259 .*300"),
+    (spoil({"head_dim": None}), "qwen3/config.json "),
+    (spoil({"rope_parameters": {"type": "yarn"}}), "qwen3/config.json .*yarn"),
+    (lambda f: (f / "tokenizer.json").unlink(), "qwen3/tokenizer.json "),
+    (lambda f: shutil.rmtree(f), "qwen3 "),
 ], ids=["llama", "shard", "index", "width", "depth", "too many ids", "our names", "gaps", "null", "yarn", "no tokenizer",
         "no folder"])
-def test_folders_that_cannot_start_a_run_are_refused(qwen3, out, damage, says):
+def test_folders_that_cannot_start_a_run_are_refused(qwen3, begun, damage, named):
     damage(qwen3.folder)
-    with pytest.raises(UserError, match=says):
-        sft.main([*TINY, "--out", str(out), "--init", str(qwen3.folder), "--steps", "1"])
+    with pytest.raises(UserError, match=named):
+        sft.main([*TINY, "--out", str(begun), "--init", str(qwen3.folder), "--steps", "1"])
+    assert [p.name for p in begun.iterdir()] == ["vqgan"]
 
 
 @pytest.mark.parametrize("qwen3", ["tied"], indirect=True)
@@ -187,50 +190,47 @@ def test_a_shard_never_leaves_its_folder(qwen3, tmp_path):
     index = qwen3.folder / "model.safetensors.index.json"
     (qwen3.folder / "model-00001-of-00002.safetensors").rename(tmp_path / "model-00001-of-00002.safetensors")
     index.write_text(index.read_text().replace("model-00001", "../model-00001"))
-    with pytest.raises(UserError, match="not a whole model folder"):
+    with pytest.raises(UserError, match="qwen3 "):
         GPT.from_pretrained(qwen3.folder)
 
 
 @pytest.mark.parametrize("qwen3", ["untied"], indirect=True)
-def test_adapting_stops_and_goes_on_over_the_same_base_alone(qwen3, out, tmp_path, monkeypatch):
-    flags = [*TINY, "--init", str(qwen3.folder), "--lora-rank", "2", "--lora-dropout", "0.2", "--steps", "8", "--val-every", "4",
-             "--log-every", "1", "--out"]
-    shutil.copytree(out, tmp_path / "broken")
-    sft.main([*flags, str(out)])
+def test_adapting_stops_and_goes_on_over_the_same_base_alone(qwen3, begun, tmp_path, monkeypatch):
+    flags = [*SHORT, "--init", str(qwen3.folder), "--lora-rank", "2", "--lora-dropout", "0.2", "--steps", "4",
+             "--val-every", "2", "--log-every", "1", "--out"]
+    shutil.copytree(begun, tmp_path / "broken")
+    sft.main([*flags, str(begun)])
     real = sft.get_lr
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "get_lr", lambda step, *rest, **options: real(step, *rest, **options) / (step != 6))
+        patch.setattr(sft, "get_lr", lambda step, *rest, **options: real(step, *rest, **options) / (step != 3))
         with pytest.raises(ZeroDivisionError):
             sft.main([*flags, str(tmp_path / "broken")])
     saved = {p.name: p.read_bytes() for p in qwen3.folder.iterdir()}
     GPT(qwen3.model.config).save_pretrained(qwen3.folder)               # another model in the base's place
     (qwen3.folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(UserError, match="was started from another"):
+    with pytest.raises(UserError, match=f"--resume: .*broken/sft.partial .*{qwen3.folder}"):
         sft.main([*flags, str(tmp_path / "broken"), "--resume"])
     (qwen3.folder / "model.safetensors").unlink()
     for name, data in saved.items():
         (qwen3.folder / name).write_bytes(data)
     sft.main([*flags, str(tmp_path / "broken"), "--resume"])
-    assert len(figures_of(out / "sft.jsonl")) == 8
-    tail = lambda folder: [r["loss"] for r in figures_of(folder / "sft.jsonl")[4:]]
-    assert tail(out) == tail(tmp_path / "broken")
-    a, b = (read_tensors(f / "sft/adapter_model.safetensors") for f in (out, tmp_path / "broken"))
+    assert len(figures_of(begun / "sft.jsonl")) == 4
+    assert figures_of(begun / "sft.jsonl") == figures_of(tmp_path / "broken/sft.jsonl")
+    a, b = (read_tensors(f / "sft/adapter_model.safetensors") for f in (begun, tmp_path / "broken"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# ---------------------------------------------------------------------------------------------
-# LoRA
-# ---------------------------------------------------------------------------------------------
+# ---- LoRA ----------------------------------------------------------------------------------------
 
 
-def adapted(model, **options):
-    """The model with adapters that do something."""
+def adapt(model, base="base", first_new=None, **options):
+    """Give the model adapters that do something; returns what add_lora does, and the flags."""
     cfg = lora(**options)
-    add_lora(model, cfg, "base")
+    adapter = add_lora(model, cfg, base, first_new)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.5)
-    return cfg
+    return adapter, cfg
 
 
 def test_adapters_start_as_nothing_and_train_alone(gpt):
@@ -255,97 +255,128 @@ def test_the_adapter_is_w_plus_alpha_over_r_times_b_a():
 
 
 def test_merged_equals_unmerged(gpt, tiny):
-    adapted(gpt, targets=("q_proj", "o_proj", "down_proj"))
+    adapt(gpt, targets=("q_proj", "o_proj", "down_proj"))
     plain = GPT(tiny).eval()
     plain.load_state_dict(merged_state(gpt))
     assert_close(plain(IDS), gpt(IDS), atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_is_for_training_alone(gpt):
-    adapted(gpt, dropout=0.5)
+    adapt(gpt, dropout=0.5)
     gpt.eval()
     assert torch.equal(gpt(IDS), gpt(IDS))
     gpt.train()
     assert not torch.equal(gpt(IDS), gpt(IDS))
 
 
-@pytest.mark.parametrize("options, says", [
-    (dict(targets=("q_proj", "c_attn")), "c_attn: there is no such layer; there are: q_proj, k_proj, v_proj, o_proj, gate_proj"),
-    (dict(dropout=1.0), "lora-dropout 1.0 leaves nothing")])
-def test_impossible_adapters_are_refused(gpt, options, says):
-    with pytest.raises(UserError, match=says):
-        add_lora(gpt, lora(**options), "base")
+def test_new_rows_learn_and_old_ones_stay(gpt):
+    adapt(gpt, first_new=15)
+    gpt(IDS).square().mean().backward()
+    grad = gpt.model.embed_tokens.weight.grad
+    assert (grad[:15] == 0).all() and (grad[15:] != 0).any(dim=1).all()
 
 
-def test_lora_without_a_model_to_adapt_is_refused(out):
-    with pytest.raises(UserError, match="name one with --init"):
-        sft.main([*TINY, "--out", str(out), "--lora-rank", "2"])
+def test_add_lora_says_what_its_adapters_belong_to(gpt, tmp_path, monkeypatch):
+    gpt.save_pretrained(tmp_path / "base")
+    before = set(vars(gpt))
+    monkeypatch.chdir(tmp_path)
+    adapter, _ = adapt(gpt, "base", first_new=15)
+    assert adapter == Adapter(str(tmp_path.resolve() / "base"), folder_hash(tmp_path / "base"), 15)
+    assert set(vars(gpt)) == before                        # the model itself says nothing of it
+
+
+@pytest.mark.parametrize("merge, with_adapter, file", [
+    (False, True, "adapter_model.safetensors"), (True, True, "model.safetensors"), (False, False, "model.safetensors")])
+def test_what_is_written_of_a_tuned_model(gpt, tmp_path, merge, with_adapter, file):
+    """Adapters alone, unless they are to be merged or there are none; it comes back as the same model."""
+    gpt.save_pretrained(tmp_path / "base")
+    adapter, cfg = adapt(gpt, tmp_path / "base", merge=merge) if with_adapter else (None, lora(merge=merge))
+    save_tuned(tmp_path / "tuned", gpt, cfg, adapter)
+    names = {p.name for p in (tmp_path / "tuned").iterdir()}
+    assert names == {"config.json", file, *["adapter_config.json"] * file.startswith("adapter")}
+    assert_close(GPT.from_pretrained(tmp_path / "tuned")(IDS), gpt(IDS), atol=1e-5, rtol=1e-5)
+
+
+def test_lora_without_a_model_to_adapt_is_refused(begun):
+    with pytest.raises(UserError, match="--lora-rank .*--init"):
+        sft.main([*TINY, "--out", str(begun), "--lora-rank", "2"])
 
 
 def test_an_adapter_comes_back_and_knows_its_base(gpt, tmp_path):
     gpt.save_pretrained(tmp_path / "first" / "base")
-    cfg = lora(targets=("q_proj", "up_proj"))
-    add_lora(gpt, cfg, tmp_path / "first" / "base")
-    for p in (p for p in gpt.parameters() if p.requires_grad):
-        torch.nn.init.normal_(p, std=0.5)
-    save_adapter(tmp_path / "first" / "adapter", gpt, cfg)
+    adapter, cfg = adapt(gpt, tmp_path / "first" / "base", targets=("q_proj", "up_proj"))
+    save_adapter(tmp_path / "first" / "adapter", gpt, cfg, adapter)
+    save_adapter(tmp_path / "first" / "other", gpt, cfg, replace(adapter, hash="0" * 12))
     shutil.move(tmp_path / "first", tmp_path / "elsewhere")              # base and adapter were moved together
     again = GPT.from_pretrained(tmp_path / "elsewhere" / "adapter")
     assert_close(again(IDS), gpt(IDS), atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="elsewhere/other .*first/base"):
+        GPT.from_pretrained(tmp_path / "elsewhere" / "other")
     shutil.copytree(tmp_path / "elsewhere/adapter", tmp_path / "alone/base")     # its base's name, and no base beside it
-    with pytest.raises(UserError, match="first/base, which is gone or another model now"):
+    with pytest.raises(UserError, match="alone/base .*first/base"):
         GPT.from_pretrained(tmp_path / "alone/base")
     torch.nn.init.ones_(again.model.norm.weight)
     again.save_pretrained(tmp_path / "elsewhere" / "base")
-    with pytest.raises(UserError, match="gone or another model now"):
+    with pytest.raises(UserError, match="elsewhere/adapter .*first/base"):
         GPT.from_pretrained(tmp_path / "elsewhere" / "adapter")
     (tmp_path / "elsewhere/adapter/adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="holds no adapter that was written here"):
+    with pytest.raises(UserError, match="elsewhere/adapter "):
         GPT.from_pretrained(tmp_path / "elsewhere" / "adapter")
 
 
 def test_stage_two_with_lora_stops_and_goes_on(trained, tmp_path, monkeypatch):
     """Adapters alone are saved, the SFT model under them is untouched, and a stopped run ends as an unbroken one."""
-    flags = [*TINY, "--lora-rank", "2", "--lora-dropout", "0.2", "--save-every", "4", "--steps", "8", "--log-every", "1", "--out"]
-    for name in ("whole", "broken"):
-        shutil.copytree(trained, tmp_path / name, ignore=shutil.ignore_patterns("dpo*", "control*"))
-    dpo.main([*flags, str(tmp_path / "whole")])
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    flags = [*TINY, "--lora-rank", "2", "--lora-dropout", "0.2", "--save-every", "2", "--steps", "4", "--log-every", "1",
+             "--out"]
+    for out in (whole, broken):
+        shutil.copytree(trained, out, ignore=shutil.ignore_patterns("bidpo*", "control*"))
+    dpo.main([*flags, str(whole)])
 
     class Stop(Exception):
         pass
 
-    real = dpo.make_rehearsal
+    real = dpo.rehearsal_batch
 
     def stop(studies, cfg, vocab, step, device):
-        if step == 6:
+        if step == 3:
             raise Stop
         return real(studies, cfg, vocab, step, device)
-    monkeypatch.setattr(dpo, "make_rehearsal", stop)
-    with pytest.raises(Stop):
-        dpo.main([*flags, str(tmp_path / "broken")])
-    monkeypatch.setattr(dpo, "make_rehearsal", real)
-    dpo.main([*flags, str(tmp_path / "broken"), "--resume"])
-    whole, broken = (tmp_path / n / "dpo" for n in ("whole", "broken"))
-    assert figures_of(whole.parent / "dpo.jsonl") == figures_of(broken.parent / "dpo.jsonl")
-    a, b = (read_tensors(f / "adapter_model.safetensors") for f in (whole, broken))
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(dpo, "rehearsal_batch", stop)
+        dpo.main([*flags, str(broken)])
+    assert not (broken / "bidpo").exists()
+    dpo.main([*flags, str(broken), "--resume"])
+    assert figures_of(whole / "bidpo.jsonl") == figures_of(broken / "bidpo.jsonl")
+    a, b = (read_tensors(out / "bidpo/adapter_model.safetensors") for out in (whole, broken))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert not (whole / "model.safetensors").exists()
-    state = (whole / "state.safetensors").stat().st_size
-    assert state < 0.7 * (trained / "dpo/state.safetensors").stat().st_size        # what is frozen is not saved again
+    assert not (whole / "bidpo/model.safetensors").exists() and folder_hash(whole / "sft") == folder_hash(trained / "sft")
+    size = lambda out: (out / "bidpo/state.safetensors").stat().st_size
+    assert size(whole) < 0.7 * size(trained)               # what is frozen is not saved again
 
 
-# ---------------------------------------------------------------------------------------------
-# Out
-# ---------------------------------------------------------------------------------------------
+# ---- Out -----------------------------------------------------------------------------------------
 
 
 def prompts_of(vocab, codes):
     """One prompt of each task."""
-    return {"report": vocab.understand(codes, INSTRUCTIONS["report"][0]), "ask": vocab.understand(codes, "Is the heart large?"),
-            "segment": vocab.segment(codes, "left lung"), "generate": vocab.draw("Draw this: Left effusion.")}
+    return {"report": vocab.read_prompt(codes, INSTRUCTIONS["report"][0]),
+            "ask": vocab.read_prompt(codes, "Is the heart large?"), "segment": vocab.segment_prompt(codes, "left lung"),
+            "generate": vocab.draw_prompt("Draw this: Left effusion.")}
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo"])
+@pytest.mark.parametrize("name", ["sft", "bidpo"])
+def test_tokenizer_json_gives_anyone_our_prompts(trained, name):
+    """What the next test asks of transformers, where that is not installed: it reads the same file."""
+    vocab, theirs = Vocabulary.load(trained / name), Tokenizer.from_file(str(trained / name / "tokenizer.json"))
+    for task, ids in prompts_of(vocab, list(range(16))).items():
+        text = vocab.tokenizer.decode(ids, skip_special_tokens=False)
+        assert theirs.encode(text, add_special_tokens=False).ids == ids, task
+    names = json.loads((trained / name / "tokenizer_config.json").read_text())
+    assert [theirs.token_to_id(names[f"{n}_token"]) for n in ("bos", "eos", "pad")] == [vocab.bos, vocab.eos, vocab.pad]
+
+
+@pytest.mark.parametrize("name", ["sft", "bidpo"])
 def test_transformers_reads_our_folders(trained, name):
     """Equal ids for a prompt that is text to anyone, equal logits, the same greedy words."""
     transformers = pytest.importorskip("transformers")
@@ -363,25 +394,26 @@ def test_transformers_reads_our_folders(trained, name):
         assert generate(ours, [ids], 24, (0, vocab.size), vocab.eos, temperature=0) == [greedy], task
 
 
-def test_peft_reads_our_adapters(qwen3, out):
+def test_peft_reads_our_adapters(qwen3, begun):
     """Also where the vocabulary grew, once the base has as many rows."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    sft.main([*TINY, "--out", str(out), "--init", str(qwen3.folder), "--steps", "20", "--lora-rank", "2"])
+    sft.main([*SHORT, "--out", str(begun), "--init", str(qwen3.folder), "--steps", "20", "--lora-rank", "2"])
     base = transformers.AutoModelForCausalLM.from_pretrained(qwen3.folder)
-    base.resize_token_embeddings(GPT.from_pretrained(out / "sft").config.vocab_size, mean_resizing=False)
-    theirs = peft.PeftModel.from_pretrained(base, out / "sft").eval()
+    base.resize_token_embeddings(GPT.from_pretrained(begun / "sft").config.vocab_size, mean_resizing=False)
+    theirs = peft.PeftModel.from_pretrained(base, begun / "sft").eval()
     ids = torch.tensor([[262, 261, 270, 280, 260, 65, 66, 257, 259]])
-    assert_close(theirs(ids).logits, GPT.from_pretrained(out / "sft")(ids), atol=1e-4, rtol=0)
+    assert_close(theirs(ids).logits, GPT.from_pretrained(begun / "sft")(ids), atol=1e-4, rtol=0)
 
 
-def test_adapter_files_have_pefts_names(qwen3, out):
+def test_adapter_files_have_pefts_names(qwen3, begun):
     """The names that PEFT 0.21 writes for the same adapters and new rows."""
-    sft.main([*TINY, "--out", str(out), "--init", str(qwen3.folder), "--steps", "1", "--lora-rank", "2"])
-    with safe_open(out / "sft/adapter_model.safetensors", "pt") as f:
+    sft.main([*SHORT, "--out", str(begun), "--init", str(qwen3.folder), "--steps", "1", "--lora-rank", "2"])
+    with safe_open(begun / "sft/adapter_model.safetensors", "pt") as f:
         names = set(f.keys())
     tables = ["model.embed_tokens"] + ["lm_head"] * (not qwen3.model.config.tie_word_embeddings)
-    assert names == {f"base_model.model.model.layers.{i}.self_attn.{p}_proj.lora_{x}.weight" for i in (0, 1) for p in "qv" for x in "AB"} \
-        | {f"base_model.model.{t}.token_adapter.trainable_tokens_delta" for t in tables}
-    config = json.loads((out / "sft/adapter_config.json").read_text())
+    matrices = [f"layers.{i}.self_attn.{p}_proj.lora_{x}.weight" for i in (0, 1) for p in "qv" for x in "AB"]
+    assert names == {*(f"base_model.model.model.{m}" for m in matrices),
+                     *(f"base_model.model.{t}.token_adapter.trainable_tokens_delta" for t in tables)}
+    config = json.loads((begun / "sft/adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and (config["r"], config["lora_alpha"]) == (2, 16.0)
     assert set(config["trainable_token_indices"]) == {t.split(".")[-1] for t in tables}

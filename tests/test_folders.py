@@ -1,7 +1,10 @@
-"""Folder readers of data.py: three layouts made here, then hostile rows, then the sample data where it is present."""
+"""Folder readers of data.py: three layouts made here, then hostile rows, then the sample data where it is present.
+
+What is said of a row that is skipped is held to its file, its number and its name, not to its words."""
 
 import csv
 import json
+import re
 import shutil
 import struct
 import zlib
@@ -9,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import data
-from data import MAX_TEXT, BadRow, Finding, Vocabulary, collate, fill_splits, make_example, read_folder, read_image
+from data import BadRow, Finding, Record, fill_splits, names_and_sides, read_folder, read_image
 from model import UserError
 
 SHARED = Path(data.__file__).resolve().parent.parent / "shared" / "data"
@@ -43,12 +45,23 @@ def rows_of(splits):
     return {r.text: r for records in splits.values() for r in records}
 
 
+def rows_of_names(splits):
+    """All records of all splits as a list."""
+    return [r for records in splits.values() for r in records]
+
+
 def messages(capsys):
-    """Lines printed, without progress bars."""
+    """Lines printed, without progress bars: one a skipped row, then the counts."""
     return [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
 
 
-# ImageFolder
+def check_subjects(splits):
+    """No split is empty, and no subject is in two."""
+    subjects = [{r.subject for r in splits[s]} for s in ("train", "val", "test")]
+    assert all(subjects) and sum(map(len, subjects)) == len(set.union(*subjects))
+
+
+# ---- ImageFolder ---------------------------------------------------------------------------------
 
 
 def test_imagefolder_jsonl(tmp_path):
@@ -112,7 +125,7 @@ def test_folder_names_are_splits(tmp_path, name, split):
     assert [r.text for r in read_folder(tmp_path, 32, 1)[split]] == ["Held out."]
 
 
-# ROCOv2
+# ---- ROCOv2 --------------------------------------------------------------------------------------
 
 
 def test_rocov2(tmp_path):
@@ -136,7 +149,7 @@ def test_rocov2_names_the_id_whose_image_is_missing(tmp_path, capsys):
     (tmp_path / "train_captions.csv").write_text("ID,Caption\na,A.\nb,B.\nc,C.\ngone,G.\n../../x,X.\n")
     read_folder(tmp_path, 32, 1)
     one, two, _ = messages(capsys)
-    assert "gone.jpg" in one and "there is no file" in one and "../../x" in two
+    assert "train_captions.csv row 5 (gone.jpg)" in one and "row 6 (../../x.jpg)" in two
 
 
 @pytest.mark.parametrize("name", ["a" * 5000, "nul\0byte", ""])
@@ -148,7 +161,7 @@ def test_rocov2_odd_ids_are_skipped(tmp_path, capsys, name):
     assert "3 read, 1 skipped" in messages(capsys)[-1]
 
 
-# LLaVA
+# ---- LLaVA ---------------------------------------------------------------------------------------
 
 
 def say(*values):
@@ -177,10 +190,6 @@ def test_llava_dialog_generate_report_and_question(tmp_path):
     assert records["make.jpg"].text == "Chest CT: normal." and records["make.jpg"].questions == ()
     assert records["report.jpg"].text == "All clear."
     assert records["ask.jpg"].questions == (("Which part?", "The hand."),) and records["ask.jpg"].text == ""
-
-
-def rows_of_names(splits):
-    return [r for records in splits.values() for r in records]
 
 
 def test_llava_items_of_one_image_stay_in_one_split(tmp_path):
@@ -216,18 +225,18 @@ def test_llava_odd_items_are_skipped_with_a_message(tmp_path, capsys, item):
     say("Which part?", "The hand.", "And then?")])
 def test_llava_an_answer_never_becomes_a_question(tmp_path, conversations):
     """With an odd number of turns the item is skipped, or its one real pair is kept."""
-    records = rows_of_names(read_folder(llava_folder(tmp_path, [{"image": "g0.jpg", "conversations": conversations}]), 32, 1))
-    assert {r.questions for r in records} <= {(), (("Which part?", "The hand."),)}
+    folder = llava_folder(tmp_path, [{"image": "g0.jpg", "conversations": conversations}])
+    assert {r.questions for r in rows_of_names(read_folder(folder, 32, 1))} <= {(), (("Which part?", "The hand."),)}
 
 
 def test_a_json_file_that_is_not_json_is_a_user_error(tmp_path):
     picture(tmp_path / "a.jpg")
     (tmp_path / "x.json").write_text("[{")
-    with pytest.raises(UserError, match="x.json is not JSON"):
+    with pytest.raises(UserError, match="x.json"):
         read_folder(tmp_path, 32, 1)
 
 
-# Splits
+# ---- Splits --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given", [("train",), ("train", "test"), ("train", "val"), ("train", "val", "test")])
@@ -239,26 +248,23 @@ def test_no_subject_is_in_two_splits(tmp_path, given):
         rows = [{"file_name": p.name, "text": "T.", "patient_id": p.stem[-1]} for p in sorted((tmp_path / split).iterdir())]
         image_folder(tmp_path, rows, split, good=0)
     splits = read_folder(tmp_path, 32, 1)
-    subjects = [{r.subject for r in splits[s]} for s in ("train", "val", "test")]
-    assert all(subjects) and sum(map(len, subjects)) == len(set.union(*subjects))
+    check_subjects(splits)
+
+
+def records_of(subjects):
+    return [Record(np.zeros((4, 4), np.uint8), "T.", subject, subject=subject) for subject in subjects]
 
 
 @pytest.mark.parametrize("seen", ["test", "val"])
 def test_a_missing_split_is_not_filled_with_subjects_of_the_other(seen):
     """Most training patients are in the given split too: the missing one must come from the rest."""
-    record = lambda subject: data.Record(np.zeros((4, 4), np.uint8), "T.", subject, subject=subject)
-    splits = {"train": [record(s) for s in "ABCDEFGHIJ"], "val": [], "test": []}
-    splits[seen] = [record(s) for s in "ABCDEFG"]
-    splits = fill_splits(splits, "folder")
-    subjects = [{r.subject for r in splits[s]} for s in ("train", "val", "test")]
-    assert all(subjects) and sum(map(len, subjects)) == len(set.union(*subjects))
+    splits = {"train": records_of("ABCDEFGHIJ"), "val": [], "test": []} | {seen: records_of("ABCDEFG")}
+    check_subjects(fill_splits(splits, "folder"))
 
 
 def test_no_training_row_left_is_a_user_error():
-    record = lambda subject: data.Record(np.zeros((4, 4), np.uint8), "T.", subject, subject=subject)
-    splits = {"train": [record("A")], "val": [record("B")], "test": [record("A")]}
-    with pytest.raises(UserError, match="train"):
-        fill_splits(splits, "folder")
+    with pytest.raises(UserError, match="--data folder"):
+        fill_splits({"train": records_of("A"), "val": records_of("B"), "test": records_of("A")}, "folder")
 
 
 def test_a_split_that_is_filled_is_the_same_every_time(tmp_path):
@@ -270,27 +276,26 @@ def test_a_split_that_is_filled_is_the_same_every_time(tmp_path):
 
 @pytest.mark.parametrize("good", [1, 2])
 def test_too_few_subjects_is_a_user_error(tmp_path, good):
-    with pytest.raises(UserError, match="at least 3 images"):
+    with pytest.raises(UserError, match=f"--data {tmp_path}: 1 "):    # of two, one is left for the second split
         read_folder(image_folder(tmp_path, [], good=good), 32, 1)
 
 
-# Folders that cannot be used
+# ---- Folders that cannot be used -----------------------------------------------------------------
 
 
 def test_a_missing_and_an_empty_folder_are_user_errors(tmp_path):
-    with pytest.raises(UserError, match="there is no such folder"):
-        read_folder(tmp_path / "gone", 32, 1)
-    with pytest.raises(UserError, match="empty or in no known layout"):
-        read_folder(tmp_path, 32, 1)
+    for folder in (tmp_path / "gone", tmp_path):
+        with pytest.raises(UserError, match=f"--data {folder}"):
+            read_folder(folder, 32, 1)
 
 
 def test_no_usable_row_is_a_user_error_that_counts_the_causes(tmp_path):
     rows = [{"file_name": "a.png", "text": "T."}, {"file_name": "b.png", "text": "T."}, {"file_name": "i.png", "text": ""}]
-    with pytest.raises(UserError, match="no usable row.*2 there is no file.*1 the text is empty"):
+    with pytest.raises(UserError, match=rf"--data {tmp_path}: .*\(2 .*; 1 "):
         read_folder(image_folder(tmp_path, rows, good=0), 32, 1)
 
 
-# Hostile rows: each is skipped with one message, and reading goes on
+# ---- Hostile rows: each is skipped with one message, and reading goes on -------------------------
 
 SKIPPED = {
     "a number for a name": {"file_name": 7, "text": "T."}, "no name": {"text": "T."},
@@ -331,7 +336,7 @@ def test_an_odd_field_gives_a_sound_record_or_a_skipped_row(tmp_path, odd):
     """Findings that cannot be read must not turn into "known to have none"; all must be countable and printable."""
     image_folder(tmp_path, [{"file_name": "i0.png", "text": "Odd.", **odd}])
     for record in rows_of_names(read_folder(tmp_path, 32, 1)):
-        assert record.findings is None or {data.key(f) for f in record.findings} == {("effusion", "")}
+        assert record.findings is None or names_and_sides(record.findings) == {("effusion", "")}
         assert all(isinstance(v, str) for v in (record.subject, record.modality, record.text))
         "".join([record.text, *sum(record.questions, ())]).encode()
 
@@ -363,33 +368,36 @@ def test_an_absolute_path_is_refused_also_where_it_exists(tmp_path, capsys):
     """A drive and a share are absolute too, whatever this machine's own paths look like."""
     picture(tmp_path / "train" / "C:x.png")
     paths = (str(picture(tmp_path / "train" / "real.png")), "C:x.png", "\\\\host\\x.png")
-    read_folder(image_folder(tmp_path, [{"file_name": p, "text": "T."} for p in paths]), 32, 1)
-    assert ["absolute path" in line for line in messages(capsys)] == [True, True, True, True]
+    splits = read_folder(image_folder(tmp_path, [{"file_name": p, "text": "T."} for p in paths]), 32, 1)
+    assert "T." not in rows_of(splits)
+    for path, line in zip(paths, messages(capsys)):
+        assert f"({path})" in line
 
 
 def test_a_symlink_out_of_the_folder_is_refused(tmp_path, capsys):
     picture(tmp_path / "outside.png")
     image_folder(tmp_path, [{"file_name": "link.png", "text": "T."}])
     (tmp_path / "train" / "link.png").symlink_to(tmp_path / "outside.png")
-    read_folder(tmp_path, 32, 1)
-    assert "leads out of" in messages(capsys)[0]
+    assert "T." not in rows_of(read_folder(tmp_path, 32, 1))
+    assert "row 6 (link.png)" in messages(capsys)[0]
 
 
 def test_a_symlink_loop_is_skipped(tmp_path, capsys):
     image_folder(tmp_path, [{"file_name": "loop.png", "text": "T."}])
     (tmp_path / "train" / "loop.png").symlink_to("loop.png")
-    read_folder(tmp_path, 32, 1)
-    assert "loop.png" in messages(capsys)[0]
+    assert "T." not in rows_of(read_folder(tmp_path, 32, 1))
+    assert "row 6 (loop.png)" in messages(capsys)[0]
 
 
-def test_the_last_line_counts_by_cause_in_whole_words(tmp_path, capsys):
+def test_the_last_line_counts_by_cause(tmp_path, capsys):
+    """Rows whose causes differ in a file's name alone are counted together, the most frequent cause first."""
     rows = [{"file_name": "gone1.png", "text": "T."}, {"file_name": "gone2.png", "text": "T."},
             {"file_name": "i0.png", "text": ""}, {"file_name": "i0.png", "text": ""}, {"file_name": "i0.png", "text": ""}]
     read_folder(image_folder(tmp_path, rows), 32, 1)
-    assert "5 read, 5 skipped (3 the text is empty; 2 there is no file" in messages(capsys)[-1]
+    assert re.search(r"\b5 read, 5 skipped \(3 [a-z ]+; 2 [a-z …]+\)$", messages(capsys)[-1])
 
 
-# Images
+# ---- Images --------------------------------------------------------------------------------------
 
 
 def png_header(width, height):
@@ -403,7 +411,7 @@ def png_header(width, height):
 def test_a_bomb_is_refused_from_its_header(tmp_path, monkeypatch, side):
     (tmp_path / "bomb.png").write_bytes(png_header(side, side))
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(BadRow, match="pixels"):
+    with pytest.raises(BadRow):
         read_image(tmp_path / "bomb.png", 32, 1)
 
 
@@ -433,7 +441,7 @@ def test_an_image_too_small_is_refused_with_its_size(tmp_path, size):
 def test_a_file_that_is_no_image_is_refused_in_words(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(picture(tmp_path / "whole.png").read_bytes()[:700] if content is None else content)
-    with pytest.raises(BadRow, match="empty|readable"):
+    with pytest.raises(BadRow):
         read_image(path, 32, 1)
 
 
@@ -456,7 +464,7 @@ def test_an_image_is_padded_to_a_square_with_black(tmp_path):
     assert (image[16:48] == 200).all() and (image[:16] == 0).all() and (image[48:] == 0).all()
 
 
-# The sample data, where it is present
+# ---- The sample data, where it is present --------------------------------------------------------
 
 
 def sample(name):
@@ -471,8 +479,7 @@ def test_real_sets_are_read_whole(name, rows, test_rows, capsys):
     splits = read_folder(sample(name), 32, 1)
     assert sum(map(len, splits.values())) == rows
     assert test_rows is None or len(splits["test"]) == test_rows
-    subjects = [{r.subject for r in splits[s]} for s in ("train", "val", "test")]
-    assert all(subjects) and sum(map(len, subjects)) == len(set.union(*subjects))
+    check_subjects(splits)
 
 
 def test_covid_masks_fit_their_images_and_sides():
@@ -507,12 +514,10 @@ def test_broken_is_read_as_expected(broken, capsys):
         "good_first.jpeg", "long_text.jpeg", "gray16.png", "palette_alpha.png", "rgba.png", "cmyk.jpeg", "good_last.jpeg")}
     said = messages(capsys)
     assert len(said) == 11 and "7 read, 10 skipped" in said[-1]
-    for line, (number, name, cause) in zip(said, [
-            (2, "truncated.jpeg", "truncated"), (3, "zero_bytes.png", "empty"), (4, "text_file.png", "not a readable"),
-            (5, "missing.png", "no file"), (6, "../outside.jpeg", "leads out"), (7, "good_last.jpeg", "absolute"),
-            (8, "empty_text.jpeg", "text is empty"), (9, "metadata.jsonl", "not JSON"), (11, "one_pixel.png", "1x1"),
-            (16, "bomb.png", "pixels")]):
-        assert f"row {number}" in line and name in line and cause in line, line
+    for line, (number, name) in zip(said, [
+            (2, "truncated.jpeg"), (3, "zero_bytes.png"), (4, "text_file.png"), (5, "missing.png"), (6, "../outside.jpeg"),
+            (7, "good_last.jpeg"), (8, "empty_text.jpeg"), (9, "metadata.jsonl"), (11, "one_pixel.png"), (16, "bomb.png")]):
+        assert f"row {number}" in line and name in line, line
 
 
 @pytest.mark.parametrize("name,mean", [("gray16.png", 72), ("palette_alpha.png", 43), ("rgba.png", 24), ("cmyk.jpeg", 17)])
@@ -522,12 +527,3 @@ def test_odd_modes_of_broken_have_the_expected_means(name, mean):
         size = max(image.size)
     assert abs(read_image(path, size, 1).mean() - mean) <= 1
     assert abs(read_image(path, size, 3).mean() - mean) <= 1
-
-
-def test_the_long_text_of_broken_fits_the_models_context(broken, capsys):
-    record = next(r for r in rows_of_names(read_folder(broken, 64, 1)) if r.name == "images/long_text.jpeg")
-    vocab = Vocabulary.train(["CT of the abdomen."] * 9, 4, text_size=300)
-    study = data.Study(np.arange(4), record.text, (), (), None, ("report",))
-    ids, labels = collate([make_example(study, "report", vocab, np.random.default_rng(s)) for s in (0, 1)], vocab.pad)
-    assert (labels != -100).sum(1).tolist() == [MAX_TEXT + 1] * 2 and ids.dtype == torch.long
-    assert capsys.readouterr().out.count("cut to") == 1

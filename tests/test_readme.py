@@ -1,92 +1,337 @@
-"""The README keeps its word: its flags exist, its commands run, its files are there."""
+"""README.md and the lab report keep their word: commands, flags, names, links and blocks of Python hold, tables are the
+result files'. Commands are parsed with the programs' own flags; only those for a folder of images are run."""
 
+import argparse
+import ast
+import importlib
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer
 
+import data
 import dpo
+import model
 import sample
 import sft
 import vqgan
-from data import Phantoms
-from tests import captioning, compare, table
+from data import Finding, Phantoms
+from tests import bench, captions, compare
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-PROGRAMS = {"vqgan.py": vqgan, "sft.py": sft, "dpo.py": dpo, "sample.py": sample}
-# a command as a list of words, without "python"
-COMMANDS = [shlex.split(c) for c in re.findall(r"(?<=python )(\w+\.py[^&`\n]*)", README)]
+DOCUMENTS = [ROOT / "README.md", ROOT / ".github/results/README.md"]
+README, REPORT = (path.read_text() for path in DOCUMENTS)
+TODAY = re.sub(r"^## Names then and now\n.*?(?=^## )", "", REPORT, flags=re.M | re.S)      # what is called so today
+BOTH = pytest.mark.parametrize("text", [README, TODAY], ids=["README", "lab report"])
+MODULES = {"model.py": model, "data.py": data, "vqgan.py": vqgan, "sft.py": sft, "dpo.py": dpo, "sample.py": sample}
+PROGRAMS = ("vqgan.py", "sft.py", "dpo.py", "sample.py")
+RUNNERS = {"tests.compare": compare, "tests.captions": captions}
 
 
-def test_the_readme_shows_commands_of_the_programs():
-    assert {c[0] for c in COMMANDS} >= {"sft.py", "dpo.py", "sample.py"}
+def fenced(text, language):
+    """The blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_help_exits_0_and_says_the_defaults(program, capsys):
-    with pytest.raises(SystemExit) as stop:
-        PROGRAMS[program].main(["--help"])
-    assert stop.value.code == 0 and "(default: small)" in capsys.readouterr().out
+def prose(text):
+    """A text without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
 
 
-def test_a_wrong_flag_is_one_line_on_stderr_and_status_2():
-    done = subprocess.run([sys.executable, ROOT / "dpo.py", "--stpes", "3"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error:") and done.stderr.count("\n") == 1
+def inline(text):
+    """What stands between backticks in prose, in one line each; not what pip is told."""
+    found = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(text))]
+    return [code for code in found if "pip install" not in code]
 
 
-def test_every_flag_named_in_the_readme_exists():
-    """Also in prose: a word like --image-size belongs to one of the programs, or to the comparison."""
-    runners = "".join((ROOT / "tests" / f).read_text() for f in ("compare.py", "captioning.py"))
-    known = {"--help", *re.findall(r'add_argument\("(--[a-z]+)"', runners)}
-    for module in PROGRAMS.values():
-        Config = next(v for n, v in vars(module).items() if n.endswith("Config") and hasattr(v, "records")
-                      and v.__module__ == module.__name__)
-        known |= {"--" + f.replace("_", "-") for f in Config.__dataclass_fields__}
-    named = {f for c in COMMANDS for f in c if f.startswith("--")} | set(re.findall(r"`(--[a-z-]+)", README))
-    assert named <= known, named - known
+def commands_of(block):
+    """The commands of a block of sh, each a list of words, without comments; seed S is 0."""
+    commands = [[]]
+    for line in block.splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
+        lexer.whitespace_split = True
+        for word in [*lexer, "&&"]:
+            if word == "&&":
+                commands.append([])
+            else:
+                commands[-1].append("0" if word == "S" else word)
+    return [words for words in commands if words]
 
 
-def test_every_file_named_in_the_readme_exists():
-    for path in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\":]+)\"", README):
-        assert (ROOT / "".join(path)).exists(), path
+def fenced_commands(text):
+    return [words for block in fenced(text, "sh") for words in commands_of(block)]
 
 
-def test_the_tables_are_those_that_the_runners_make():
-    """The full tables are what the runners print from the result files; small tables and prose are not checked."""
-    results = ROOT / ".github" / "results"
-    found = compare.read_results(results)
-    assert {bias: sorted(seeds) for bias, seeds in found.items()} == {0.9: [0, 1, 2], 0.0: [0, 1, 2]}
-    for seeds in found.values():
-        assert compare.table(list(seeds.values()), compare.TABLE) in README
-    assert compare.differences(list(found[0.9].values()), compare.TABLE) in README
-    for name in ("seed", "hard-seed", "hard-bias0-seed"):
-        assert table.table([json.loads((results / f"{name}{s}.json").read_text()) for s in (0, 1, 2)]) in README
-    for found in json.loads((results / "captioning.json").read_text()).values():
-        assert captioning.table(found) in README
+@pytest.fixture(scope="module")
+def parsers():
+    """{program or runner: the parser of its flags}."""
+    class Made(Exception):
+        pass
+
+    def stop(parser, *args):
+        raise Made(parser)
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        for name, module in ({name: MODULES[name] for name in PROGRAMS} | RUNNERS).items():
+            with pytest.raises(Made) as made:
+                module.main([])
+            found[name] = made.value.args[0]
+            found[name].allow_abbrev = False                 # a page writes flags out
+    return found
 
 
-def test_the_folder_commands_run_on_a_toy_folder(tmp_path, monkeypatch):
-    """`dpo.py --data`, then `sample.py --data` and each question to one's own image, at tiny size."""
+def accepts(parser, words):
+    """Whether a parser takes the words; `--help` is taken too."""
+    try:
+        parser.parse_args(words)
+    except SystemExit as stop:
+        return stop.code == 0
+    return True
+
+
+def check_command(words, parsers, open_end=False):
+    """Fail unless a command is one of ours whose flags exist with values in range, or prepares for one.
+
+    With an open end its last flag may still lack its value."""
+    program, *rest = words
+    if program in ("mkdir", "cp") or program.endswith("pip"):
+        return
+    assert program in ("python", "python3", ".venv/bin/python") and rest, words
+    name, *argv = rest[1:] if rest[0] == "-m" else rest
+    if name == "pytest":
+        assert all((ROOT / word).exists() for word in argv if not word.startswith("-")), words
+    elif name == "tests.bench":
+        assert not argv and bench.main
+    elif name != "venv":
+        assert accepts(parsers[name], argv) or open_end and accepts(parsers[name], [*argv, "x"]), words
+
+
+# The words
+
+
+@BOTH
+def test_every_block_says_its_language(text):
+    """Else no test would look into it."""
+    fences = re.findall(r"^```(.*)$", text, re.M)
+    assert len(fences) % 2 == 0 and set(fences[::2]) <= {"sh", "python", "json", "text"} and set(fences[1::2]) == {""}
+
+
+def test_the_readme_is_short():
+    assert README.count("\n") <= 260 and len(README.encode()) <= 18_000
+
+
+def test_every_name_in_the_readme_exists():
+    """`file.py:name`, and in a row of a table that begins with a `file.py` each bare name is the file's."""
+    named = [code.split(":") for code in inline(README) if re.fullmatch(r"\w+\.py:\w+", code)]
+    assert len(named) >= 10
+    for file, name in named:
+        assert hasattr(MODULES[file], name), f"{file}:{name}"
+    rows = re.findall(r"^\| `(\w+\.py)` (\|.*)$", README, re.M)
+    assert [file for file, _ in rows] == list(MODULES)
+    for file, row in rows:
+        for name in re.findall(r"`(\w+)(?:\(\))?`", row):
+            assert hasattr(MODULES[file], name), f"{file}: {name}"
+
+
+@BOTH
+def test_every_file_of_python_that_is_named_exists(text):
+    for path in re.findall(r"`((?:\w+/)*\w+\.py)\b", prose(text)):
+        assert (ROOT / path).exists(), path
+
+
+def anchors_of(path):
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", prose(path.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=["README", "lab report"])
+def test_every_link_leads_somewhere(page):
+    """To a file, seen from the page, and where it names one to a heading."""
+    for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", prose(page.read_text())):
+        path, _, anchor = "".join(link).partition("#")
+        if not path.startswith(("http:", "https:")):
+            target = page.parent / path if path else page
+            assert target.exists() and (not anchor or anchor in anchors_of(target)), link
+
+
+# The commands
+
+
+@BOTH
+def test_every_command_parses(text, parsers):
+    """Also those in prose, which may leave the values of their last flag open."""
+    fences = fenced_commands(text)
+    for words in fences:
+        check_command(words, parsers)
+    for words in [shlex.split(c) for c in inline(text) if re.match(r"(\.venv/bin/)?python3? ", c)]:
+        check_command(words, parsers, open_end=True)
+    if text is README:
+        assert {"dpo.py", "sample.py"} <= {words[1] for words in fences}
+
+
+def test_a_wrong_command_is_noticed(parsers):
+    """By this file itself: an unknown program, flag or file, a value out of range."""
+    for line in ("python dpo.py --stpes 3", "python dpo.py --objective ppo", "python sample.py --n 0", "python tpo.py",
+                 "make", "python -m tests.compare --seed 0", "python -m tests.captions", "python -m pytest tests/no.py"):
+        words, = commands_of(line)
+        with pytest.raises((AssertionError, KeyError)):
+            check_command(words, parsers)
+    assert commands_of('a "b # c" && d --e S # f\ng') == [["a", "b # c"], ["d", "--e", "0"], ["g"]]
+
+
+@BOTH
+def test_every_flag_named_in_prose_exists(text, parsers):
+    """And takes the values that stand behind it, unless these are to be filled in (X, N)."""
+    known = {"--help"}.union(*(re.findall(r"--[a-z][\w-]*", parser.format_usage()) for parser in parsers.values()))
+    assert {"--resume", "--conditional-weight", "--recipes", "--base"} <= known
+    for code in inline(text):
+        named = re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
+        assert set(named) <= known, code
+        words = shlex.split(code) if code.startswith("--") else []
+        if len(words) > len(named) and not any(re.fullmatch("[A-Z_]+", word) for word in words):
+            assert any(accepts(parser, words) for parser in parsers.values()), code
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", re.sub(r"`[^`]+`", "", prose(text)))) <= known
+
+
+def test_the_test_command_is_the_one_that_ci_runs():
+    """.ci/run takes the first line of the README that looks like it; the install and run lines stand before it."""
+    line, = re.findall(r"^python3 -m venv .*pytest.*$", README, re.M)
+    assert commands_of(line)[-1][:3] == [".venv/bin/python", "-m", "pytest"]
+    assert "README.md" in (ROOT / ".ci/run").read_text()
+    assert re.search(r"^python3 -m venv ", README, re.M).start() < README.index(line)
+    for version in re.findall(r"torch==[\d.]+", README):
+        assert version in (ROOT / "requirements.txt").read_text().split()
+
+
+@pytest.mark.parametrize("program", [*PROGRAMS, *RUNNERS])
+def test_help_exits_0_and_shows_the_flags(program, parsers, capsys):
+    assert accepts(parsers[program], ["--help"])
+    assert re.search(r"--preset.*\n +tiny", capsys.readouterr().out)
+
+
+def test_the_commands_for_ones_own_images_run(tmp_path, monkeypatch):
+    """On twelve phantoms as a folder, at tiny size, with few steps and short texts: training, evaluation, each question."""
+    own = [words[1:] for words in fenced_commands(README) if "out-mine" in words]
+    assert [words[1] for words in own if words[0] == "sample.py"] == ["--data", "report", "ask", "segment", "generate"]
     write_toy_folder(tmp_path / "DIR")
     Image.fromarray(Phantoms("val", 1)[0].image).save(tmp_path / "IMAGE.png")
     monkeypatch.chdir(tmp_path)
-    own = [c for c in COMMANDS if "out-mine" in c]
-    assert len(own) >= 6
+    for name in PROGRAMS:
+        steps = "reader_steps" if name == "sample.py" else "steps"
+        monkeypatch.setitem(MODULES[name].PRESETS, "tiny", MODULES[name].PRESETS["tiny"] | {steps: 2})
+    monkeypatch.setattr(sft, "MAX_TEXT", 20)
     for name, *words in own:
-        PROGRAMS[name].main([*words, "--preset", "tiny"])
-    assert (tmp_path / "out-mine/eval.json").exists() and (tmp_path / "out-mine/samples.png").exists()
+        MODULES[name].main([*words, "--preset", "tiny"])
+    written = {path.name for path in (tmp_path / "out-mine").iterdir()}
+    assert written >= {"vqgan", "sft", "bidpo", "control", "pairs", "eval.json", "segment.png", "generate.png"}
 
 
 def write_toy_folder(folder):
     """Twelve phantoms as an ImageFolder with metadata.jsonl."""
     (folder / "train").mkdir(parents=True)
     with open(folder / "train/metadata.jsonl", "w") as f:
-        for i, record in enumerate(Phantoms("train", 12)[j] for j in range(12)):
+        for i, record in enumerate(Phantoms("train", 12)):
             Image.fromarray(record.image).save(folder / f"train/{i}.png")
             f.write(json.dumps({"file_name": f"{i}.png", "text": record.text, "modality": record.modality}) + "\n")
+
+
+# The blocks of Python and JSON
+
+
+def test_the_blocks_of_python_compile_and_their_imports_exist():
+    blocks = fenced(README, "python")
+    assert len(blocks) >= 2 and "transformers" in blocks[0] and any("peft" in block for block in blocks)
+    for block in blocks + fenced(REPORT, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and f"{node.module}.py" in MODULES:
+                for name in node.names:
+                    assert hasattr(MODULES[f"{node.module}.py"], name.name), name.name
+            elif isinstance(node, ast.Import):
+                assert all(importlib.import_module(name.name) for name in node.names)
+
+
+def test_the_blocks_of_python_run_and_ask_as_a_model_was_taught(trained, monkeypatch):
+    """With stand-ins for transformers and PEFT (the real ones: test_exchange.py): the prompt is sft.py's, id by id."""
+    others = {name: MagicMock() for name in ("transformers", "peft")}
+    for name, module in others.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.chdir(trained.parent)
+    for block in fenced(README, "python"):
+        exec(block, {})
+    prompt = others["transformers"].AutoTokenizer.from_pretrained.return_value.call_args.args[0]
+    ids = Tokenizer.from_file("out/bidpo/tokenizer.json").encode(prompt, add_special_tokens=False).ids
+    vocab, tokenizer = sft.Vocabulary.load("out/bidpo"), vqgan.VQGAN.from_pretrained("out/vqgan")
+    codes = tokenizer.encode(vqgan.to_pixels(vqgan.stack([Phantoms("test", 1, bias=0)[0].image], 1)))[0].tolist()
+    assert ids == vocab.read_prompt(codes, sft.INSTRUCTIONS["report"][0])
+
+
+def test_the_row_with_everything_in_it_is_read_whole(tmp_path):
+    block, = fenced(README, "json")
+    row, shape = json.loads(block), (32, 32)
+    (tmp_path / "train/masks").mkdir(parents=True)
+    for path in row["masks"].values():
+        Image.fromarray(np.full(shape, 255, np.uint8)).save(tmp_path / "train" / path)
+    with open(tmp_path / "train/metadata.jsonl", "w") as f:
+        for patient in "abc":
+            Image.fromarray(np.zeros(shape, np.uint8)).save(tmp_path / f"train/{patient}.png")
+            f.write(json.dumps(row | {"file_name": f"{patient}.png", "patient_id": patient}) + "\n")
+    record, = data.read_folder(str(tmp_path), 32, 1)["train"]
+    assert (record.text, record.modality, record.body_part) == (row["text"], row["modality"], row["body_part"])
+    assert record.findings == tuple(Finding(f["name"], f["side"]) for f in row["findings"])
+    assert record.questions == tuple((q["question"], q["answer"]) for q in row["questions"])
+    assert record.masks.keys() == row["masks"].keys() and all(m.all() for m in record.masks.values())
+    assert record.subject == record.name[0]
+
+
+# The figures
+
+
+RESULTS = ROOT / ".github/results"
+
+
+def evaluations(name):
+    """The result files of three seeds."""
+    return [compare.read_evaluation(RESULTS / f"{name}{seed}.json") for seed in (0, 1, 2)]
+
+
+def test_the_tables_of_the_lab_report_are_those_that_the_runners_make():
+    """The full tables; small tables and figures in prose are not checked."""
+    found = compare.read_results(RESULTS)
+    assert {bias: sorted(seeds) for bias, seeds in found.items()} == {0.9: [0, 1, 2], 0.0: [0, 1, 2]}
+    for seeds in found.values():
+        assert compare.means_table(list(seeds.values()), compare.TABLE) in REPORT
+    assert compare.differences_table(list(found[0.9].values()), compare.TABLE) in REPORT
+    for name in ("seed", "hard-seed", "hard-bias0-seed"):
+        assert compare.figures_table(evaluations(name)) in REPORT
+    for figures in json.loads((RESULTS / "captioning.json").read_text()).values():
+        assert captions.table(figures) in REPORT
+
+
+def test_the_figures_of_the_readme_are_rows_of_the_lab_reports():
+    """Its table has the first columns of a few rows."""
+    table, = re.findall(r"^(\| metric \| SFT \|.*\n)\|[-:| ]+\n((?:\|.*\n)+)", README, re.M)
+    rows = [line.rstrip("| \n") for line in "".join(table).splitlines()]
+    whole = compare.figures_table(evaluations("seed")).splitlines()
+    assert len(rows) > 4 and all(any(line.startswith(f"{row} |") for line in whole) for row in rows)
+
+
+def test_what_the_readme_shows_of_the_screen_is_what_seed_0_printed(capsys):
+    """A few rows of the table, column by column."""
+    block, = [b for b in fenced(README, "text") if b.startswith("metric")]
+    cells = lambda text: [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if line.strip()]
+    (_, *names), *rows = cells(block)
+    seed0 = compare.read_evaluation(RESULTS / "seed0.json")
+    models = [name for name in names if " minus " not in name]
+    sample.print_table({"vqgan": {}} | {name: seed0[name] for name in names}, models, SimpleNamespace(records=[]))
+    printed = cells(capsys.readouterr().out)
+    assert len(rows) > 2 and ["metric", *names] in printed and all(row in printed for row in rows)

@@ -1,7 +1,8 @@
-"""Metrics by hand, then the programs a user runs: evaluation, report, ask, segment, generate."""
+"""Metrics by hand, the finding reader, then the programs a user runs: evaluation, report, ask, segment, generate."""
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,18 @@ import torch
 from PIL import Image
 
 import sample
-from data import PHRASES, Finding, Phantoms, Record, Vocabulary, phantom_spec
+from data import PHRASES, Finding, Phantoms, Record, phantom_spec
 from model import GPT, UserError
-from vqgan import VQGAN
+from tests import captions
+from vqgan import VQGAN, stack, to_pixels
 
 ROOT = Path(__file__).parents[1]
-E, N, H = Finding("effusion", "left"), Finding("nodule", "right"), Finding("cardiomegaly")
+N = sample.PRESETS["tiny"]["n"]
+E, NODULE, H = Finding("effusion", "left"), Finding("nodule", "right"), Finding("cardiomegaly")
+
+
+def autocast():
+    return torch.autocast("cpu", enabled=False)
 
 
 def record(*findings):
@@ -28,22 +35,86 @@ def record(*findings):
 
 
 def scores(stated, records):
-    ratios = sample.Ratios(len(records), 100)
-    return {k: v[0] for k, v in sample.score_findings(stated, records, ratios)[0].items()}
+    bootstrap = sample.Bootstrap(len(records), 100)
+    return {k: m.value for k, m in sample.score_findings(stated, records, bootstrap).items()}
+
+
+# Figures with intervals
+
+
+def test_bootstrap_interval_matches_the_normal_one():
+    x = np.random.default_rng(0).random(2000)
+    m = sample.summarize(sample.Bootstrap(2000, 2000)(x))
+    half = 1.96 * x.std() / math.sqrt(2000)
+    assert m["value"] == pytest.approx(x.mean(), abs=1e-4) and m["n"] == 2000
+    assert m["high"] - m["value"] == pytest.approx(half, rel=0.1) and m["value"] - m["low"] == pytest.approx(half, rel=0.1)
+
+
+def test_a_ratio_counts_the_records_that_have_a_denominator():
+    """Of four records two state something, one of three things wrong; what no record has is no number."""
+    bootstrap = sample.Bootstrap(4, 50)
+    ratio, nothing = bootstrap([0, 1, 0, 0], [0, 2, 1, 0]), bootstrap(np.zeros(4), np.zeros(4))
+    assert (ratio.value, ratio.n) == (pytest.approx(1 / 3), 2) and ratio.resampled.shape == (50,)
+    _, one, other, _ = bootstrap.weights.T
+    with np.errstate(invalid="ignore"):                      # no number in both where neither was drawn
+        np.testing.assert_allclose(ratio.resampled, one / (2 * one + other), rtol=1e-5)
+    assert math.isnan(nothing.value) and nothing.n == 0
+    assert sample.summarize(nothing) == {"value": None, "low": None, "high": None, "n": 0}
+    assert sample.summarize(sample.Metric(7.0, np.array([]), 4)) == {"value": 7.0, "low": None, "high": None, "n": 4}
+
+
+def test_differences_are_paired():
+    """Both models are resampled alike, so a constant lead has no interval; a metric of one model alone is left out."""
+    bootstrap, x = sample.Bootstrap(50, 200), np.random.default_rng(0).random(50)
+    distinct = lambda n: sample.Metric(n, np.zeros(0), 50)
+    found = sample.difference({"f1": bootstrap(x + 0.1), "dice": bootstrap(x), "distinct": distinct(7.0)},
+                              {"f1": bootstrap(x), "distinct": distinct(9.0)})
+    assert found == {"f1": {"value": 0.1, "low": 0.1, "high": 0.1, "n": 50}}
+
+
+def test_the_interval_of_a_difference_is_that_of_the_resamples_differences():
+    a, b = sample.Metric(0.5, np.array([0.4, 0.6, 0.5]), 10), sample.Metric(0.4, np.array([0.4, 0.4, 0.4]), 10)
+    assert sample.difference({"recall": a}, {"recall": b})["recall"] == {"value": 0.1, "low": 0.005, "high": 0.195, "n": 10}
+
+
+def test_what_is_kept_comes_back_for_its_recipe_alone(tmp_path):
+    rows = {"f1": (0.25, [0.5, math.nan], 3), "distinct": (7.0, [], 4), "recall": (math.nan, [math.nan, math.nan], 0)}
+    metrics = {k: sample.Metric(value, np.array(resampled, np.float32), n) for k, (value, resampled, n) in rows.items()}
+    path = tmp_path / "eval/mine.v2.safetensors"
+    sample.write_kept(path, metrics, "recipe")
+    for found in (sample.read_kept(path), sample.read_kept(path, "recipe")):
+        assert found.keys() == metrics.keys()
+        for name, m in metrics.items():
+            np.testing.assert_equal((found[name].value, found[name].n), (m.value, m.n))
+            np.testing.assert_array_equal(found[name].resampled, m.resampled)
+    assert sample.read_kept(path, "another") is None and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+# What is counted
 
 
 def test_chair_recall_and_f1_by_hand():
-    """Three reports: one right and one invented; nothing stated of one; the wrong side of one."""
-    s = scores([(E, N), (), (Finding("effusion", "right"),)], [record(E), record(N), record(E)])
+    """Three reports: one right and one invented; nothing stated of one; the wrong side of one, and one left out."""
+    s = scores([(E, NODULE), (), (Finding("effusion", "right"),)], [record(E), record(NODULE), record(E, H)])
     assert s["chair_i"] == pytest.approx(2 / 3) and s["chair_s"] == pytest.approx(2 / 3)
-    assert s["recall"] == pytest.approx(1 / 3) and s["f1"] == pytest.approx(2 / 6)
+    assert s["recall"] == pytest.approx(1 / 4) and s["f1"] == pytest.approx(2 / 7)
     assert s["laterality"] == pytest.approx(1 / 3) and s["exact"] == 0
+
+
+def test_records_that_are_left_out_count_nowhere():
+    have, bootstrap = np.array([True, False]), sample.Bootstrap(2, 10)
+    found = sample.score_findings([(E,), (NODULE,)], [record(E), record(E)], bootstrap, have)
+    assert (found["chair_i"].value, found["recall"].value, found["exact"].value) == (0, 1, 1)
+    assert {found[k].n for k in ("chair_i", "chair_s", "recall", "f1", "exact")} == {1}
 
 
 def test_companion_hallucination_counts_triggers_without_their_companion():
     """Of three enlarged hearts one has its effusion; of the other two one report invents it."""
-    asked, told = sample.companions([(H, E), (H, E), (H,)], [record(H, E), record(H), record(H)])
+    stated, records = [(H, E), (H, E), (H,)], [record(H, E), record(H), record(H)]
+    asked, told = sample.companions(stated, records)
     assert asked.tolist() == [0, 1, 1] and told.tolist() == [0, 1, 0]
+    assert scores(stated, records)["companion"] == 0.5 and "companion" not in scores([(H, E)], [record(H, E)])
+    assert sample.triggers_of(replace(record(H), spec=None)) == []
 
 
 def test_an_empty_report_costs_recall_not_chair():
@@ -53,51 +124,45 @@ def test_an_empty_report_costs_recall_not_chair():
 
 def test_companions_are_asked_for_where_their_finding_is_on_neither_side(monkeypatch):
     """Of two hundred phantoms; a model that says yes to effusions alone."""
-    records, put = list(Phantoms("test", 200, bias=0)), []
-    bench = SimpleNamespace(records=records, codes=range(200), ratios=sample.Ratios(200, 50))
-    monkeypatch.setattr(sample, "answer", lambda model, vocab, codes, questions: put.extend(zip(codes, questions)) or
+    records, put = list(Phantoms("test", 200, bias=0, size=16)), []
+    bench = SimpleNamespace(records=records, codes=range(200), bootstrap=sample.Bootstrap(200, 50))
+    monkeypatch.setattr(sample, "write_answers", lambda model, vocab, codes, questions: put.extend(zip(codes, questions)) or
                         ["Yes." if "effusion" in q else "No." for q in questions])
     found = sample.evaluate_companions(None, None, bench)["ask/companion"]
-    effusions = [i for i, r in enumerate(records) if {"cardiomegaly", "effusion"} & {f.name for f in r.findings} == {"cardiomegaly"}]
+    names = [{f.name for f in r.findings} for r in records]
+    effusions = [i for i, there in enumerate(names) if {"cardiomegaly", "effusion"} & there == {"cardiomegaly"}]
     assert [i for i, q in put if q == "Is there a pleural effusion?"] == effusions and 0 < len(effusions) < len(put)
-    assert found[0] == pytest.approx(len(effusions) / len(put)) and found[2] == len({i for i, _ in put})
+    assert found.value == pytest.approx(len(effusions) / len(put)) and found.n == len({i for i, _ in put})
     bench.records = [replace(records[0], spec=None)]
     assert sample.evaluate_companions(None, None, bench) == {}
 
 
-def test_bootstrap_interval_matches_the_normal_one():
-    x = np.random.default_rng(0).random(2000)
-    m = sample.summarize(sample.Ratios(2000, 2000)(x))
-    half = 1.96 * x.std() / math.sqrt(2000)
-    assert m["value"] == pytest.approx(x.mean(), abs=1e-4) and m["n"] == 2000
-    assert m["high"] - m["value"] == pytest.approx(half, rel=0.1) and m["value"] - m["low"] == pytest.approx(half, rel=0.1)
+def test_one_question_a_record_is_right_whatever_its_case_and_full_stop(monkeypatch):
+    questions = (("A?", "Yes."),), (), (("B?", "No."), ("C?", "Left.")), (("D?", "No."),)
+    records = [replace(record(), questions=q) for q in questions]
+    bench, put = SimpleNamespace(records=records, codes=range(4), bootstrap=sample.Bootstrap(4, 50)), []
+    monkeypatch.setattr(sample, "write_answers", lambda model, vocab, codes, questions: put.extend(questions) or
+                        ["yes", "anything", " No. ", "Yes."])
+    found = sample.evaluate_answers(None, None, bench)["ask/accuracy"]
+    assert put == ["A?", "", "B?", "D?"] and found.value == pytest.approx(2 / 3) and found.n == 3
+    bench.records = records[1:2]
+    assert sample.evaluate_answers(None, None, bench) == {}
 
 
-def test_differences_are_paired():
-    """Both models are resampled alike, so a constant lead has no interval; a metric of one model alone is left out."""
-    ratios, x = sample.Ratios(50, 200), np.random.default_rng(0).random(50)
-    found = sample.difference({"f1": ratios(x + 0.1), "dice": ratios(x), "distinct": (7.0, np.zeros(0), 50)},
-                              {"f1": ratios(x), "distinct": (9.0, np.zeros(0), 50)})
-    assert found == {"f1": {"value": 0.1, "low": 0.1, "high": 0.1, "n": 50}}
-
-
-def test_the_interval_of_a_difference_is_that_of_the_resamples_differences():
-    a, b = (0.5, np.array([0.4, 0.6, 0.5]), 10), (0.4, np.array([0.4, 0.4, 0.4]), 10)
-    assert sample.difference({"recall": a}, {"recall": b})["recall"] == {"value": 0.1, "low": 0.005, "high": 0.195, "n": 10}
-
-
-def test_dice_by_hand():
-    a, b = np.array([1, 1, 0, 0], bool), np.array([1, 0, 1, 0], bool)
-    assert sample.dice(a, b) == 0.5 and sample.dice(a, a) == 1 and sample.dice(a & False, b & False) == 1
-
-
-def test_ssim_of_an_image_with_itself_and_with_another_brightness():
-    """For two flat images only the luminance term is left: (2ab + c1) / (a² + b² + c1)."""
-    x = torch.rand(2, 1, 16, 16) * 2 - 1
-    torch.testing.assert_close(sample.ssim(x, x), torch.ones(2))
-    a, b, c1 = 0.5, 0.25, (0.01 * 2) ** 2
-    flat = sample.ssim(torch.full((1, 1, 16, 16), a), torch.full((1, 1, 16, 16), b))
-    assert flat.item() == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), abs=1e-4)
+def test_dice_is_told_of_all_of_large_and_of_each_structure(monkeypatch):
+    """The heart is drawn as it is, the small nodule not at all; a record without masks is not asked for."""
+    heart, nodule = np.zeros((10, 10), bool), np.zeros((10, 10), bool)
+    heart[:5], nodule[0, 0] = True, True
+    records = [replace(record(), masks=m) for m in ({"heart": heart}, {}, {"nodule": nodule})]
+    bench = SimpleNamespace(records=records, codes=range(3), bootstrap=sample.Bootstrap(3, 50), cfg=sample.SampleConfig())
+    drawn = lambda model, vocab, vqgan, codes, structures: (
+        np.stack([heart if s == "heart" else np.roll(nodule, 1) for s in structures]), np.array(codes))
+    monkeypatch.setattr(sample, "draw_masks", drawn)
+    found = sample.evaluate_masks(None, None, None, bench)
+    assert {k: (m.value, m.n) for k, m in found.items()} == {
+        "segment/dice": (0.5, 2), "segment/dice_large": (1, 1), "segment/dice/heart": (1, 1), "segment/dice/nodule": (0, 1)}
+    bench.records = records[1:2]
+    assert sample.evaluate_masks(None, None, None, bench) == {}
 
 
 def test_frechet_distance_of_two_gaussians():
@@ -109,69 +174,184 @@ def test_frechet_distance_of_two_gaussians():
     assert sample.frechet(a, a) == pytest.approx(0, abs=1e-5)
 
 
-def test_a_judge_learns_the_labels_of_phantoms(tmp_path):
-    cfg = sample.SampleConfig(image_size=32, judge_steps=60, out=str(tmp_path))
-    records = list(Phantoms("judge", 200, 0, 0.0, 32))
-    autocast = lambda: torch.autocast("cpu", enabled=False)
-    sample.train_judge(records, tmp_path / "judge", cfg, torch.device("cpu"), autocast)
-    judge = sample.load_judge({"train": records}, cfg, torch.device("cpu"), autocast)
-    x = sample.to_pixels(sample.stack([r.image for r in records], 1))
-    _, labels, features = sample.judge_images(judge, x, autocast)
-    right = np.mean([f"modality:{r.modality}" in row for r, row in zip(records, labels)])
-    assert right > 0.9 and features.shape == (200, 64)
+# The finding reader
 
 
-def test_a_drawn_image_is_exactly_its_codes_and_text_holds_none(trained):
-    """Even a model that knows nothing draws h·w codes in range, and writes words only."""
-    model, vocab, vqgan = GPT.from_pretrained(trained / "sft"), Vocabulary.load(trained / "sft"), \
-        VQGAN.from_pretrained(trained / "vqgan")
-    cfg = sample.SampleConfig(temperature=2.0)
-    drawn = sample.draw_images(model, vocab, vqgan, ["Head CT.", "A much longer text about a brain."], cfg, 2.0)
-    assert drawn.shape == (2, 1, 32, 32)
-    rows = sample.generate(model, [vocab.draw("x")], 16, vocab.image_range, temperature=2.0)
-    assert len(rows[0]) == 16 and all(0 <= c < 64 for c in vocab.ids_to_codes(rows[0]))
-    words = sample.generate(model, [vocab.understand(range(16), "Write.")], 20, vocab.text_range, vocab.eos, 2.0)
-    assert all(i < vocab.eos for i in words[0])
+def test_a_reader_learns_the_labels_of_phantoms(tmp_path, monkeypatch):
+    """Once: it is read back until another recipe is asked for."""
+    cfg = sample.SampleConfig(image_size=16, reader_steps=25, out=str(tmp_path))
+    records, device = list(Phantoms("reader", 120, 0, 0.0, 16)), torch.device("cpu")
+    load = lambda **changes: sample.load_reader({"train": records}, replace(cfg, **changes), device, autocast)
+    reader = load()
+    _, labels, features = sample.read_drawings(reader, to_pixels(stack([r.image for r in records], 1)), autocast)
+    assert np.mean([f"modality:{r.modality}" in row for r, row in zip(records, labels)]) > 0.9
+    assert features.shape == (len(records), reader.last.in_features)
+    trained, train = [], sample.train_reader
+    monkeypatch.setattr(sample, "train_reader", lambda *a: trained.append(1) or train(*a))
+    again = load()
+    assert not trained and all(torch.equal(a, b) for a, b in zip(reader.state_dict().values(), again.state_dict().values()))
+    load(reader_steps=1)
+    assert len(trained) == 1
+
+
+def test_what_a_reader_sees_are_findings_and_labels():
+    """300 images, more than it looks at in one go; a label is seen where its logit is above 0."""
+    labels = ["finding:cardiomegaly:", "finding:effusion:left", "modality:MRI"]
+
+    def reader(x):
+        return torch.stack([x[:, 0, 0, 0], -x[:, 0, 0, 0], x[:, 0, 0, 1]], 1), x.flatten(1)
+    reader.labels = labels
+    x = torch.ones(300, 1, 2, 2)
+    x[299, 0, 0] = torch.tensor([-1.0, 0.0])
+    findings, seen, features = sample.read_drawings(reader, x, autocast)
+    assert findings == [(H,)] * 299 + [(E,)] and seen == [{labels[0], labels[2]}] * 299 + [{labels[1]}]
+    assert torch.equal(features, x.flatten(1))
+    record = SimpleNamespace(findings=(H, E), modality="MRI", body_part="")
+    assert sample.labels_of(record) == set(labels)
+
+
+def test_the_reader_of_phantoms_sees_other_patients_without_bias(tmp_path, monkeypatch):
+    """And where no record has a label there is none."""
+    cfg, seen = sample.SampleConfig(out=str(tmp_path), image_size=16, records=30), []
+    monkeypatch.setattr(sample, "train_reader", lambda records, *a: seen.extend(records))      # None: no labels
+    load = lambda train: sample.load_reader({"train": train}, cfg, torch.device("cpu"), autocast)
+    assert load(Phantoms("train", 40, 0, 0.9, 16)) is None
+    assert {r.spec.split for r in seen} == {"reader"} and len(seen) == cfg.records
+    expected = Phantoms("reader", cfg.records, cfg.seed, 0.0, 16)
+    assert [r.findings for r in seen] == [r.findings for r in expected]
+    monkeypatch.undo()
+    assert load([Record(np.zeros((16, 16), np.uint8), "text", "name")]) is None and not (tmp_path / "reader").exists()
+
+
+# The evaluation
 
 
 @pytest.fixture(scope="module")
-def evaluated(trained):
-    sample.main(["--preset", "tiny", "--out", str(trained)])
-    return json.loads((trained / "eval.json").read_text())
+def evaluated(trained, tmp_path_factory):
+    """A copy of `trained` after `sample.py`; tests that write take a copy of it."""
+    out = shutil.copytree(trained, tmp_path_factory.mktemp("evaluated") / "out")
+    evaluate(out)
+    return out
 
 
-def test_evaluation_has_every_model_and_metric(evaluated, trained):
-    assert list(evaluated) == ["vqgan", "sft", "control", "dpo", "dpo minus control"]
+@pytest.fixture
+def evaluated_copy(evaluated, tmp_path):
+    return shutil.copytree(evaluated, tmp_path / "out")
+
+
+def evaluate(out, *flags):
+    """Run `sample.py --preset tiny`; returns what eval.json holds then."""
+    sample.main(["--preset", "tiny", "--dtype", "float32", "--out", str(out), *flags])
+    return read_json(out / "eval.json")
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def test_evaluation_has_every_model_and_metric(evaluated):
+    found = read_json(evaluated / "eval.json")
+    assert list(found) == ["vqgan", "sft", "control", "bidpo", "bidpo minus control"]
     for metric in ("report/greedy/chair_i", "report/t0.5/recall", "report/t1.0/f1", "report/greedy/companion",
-                   "report/greedy/unchanged_by_noise", "ask/accuracy", "ask/companion", "segment/dice", "generate/cfg1.5/f1"):
-        assert {"value", "low", "high", "n"} == set(evaluated["dpo"][metric]), metric
+                   "report/greedy/modality", "ask/accuracy", "ask/companion", "segment/dice", "segment/dice_large",
+                   "generate/cfg1/f1", "generate/cfg1.5/missing", "generate/cfg1.5/modality"):
+        for name in ("sft", "control", "bidpo", "bidpo minus control"):
+            assert {"value", "low", "high", "n"} == set(found[name][metric]), metric
+    assert found["bidpo"]["report/greedy/distinct"]["n"] == N and "generate/cfg1.5/frechet" in found["sft"]
+    assert {"reconstruction/psnr", "reconstruction/reader_f1_original", "reconstruction/reader_f1_reconstructed/effusion",
+            "reconstruction/reader_modality_original"} <= found["vqgan"].keys()
     for name in ("samples.png", "curves.png"):
-        with Image.open(trained / name) as image:
+        with Image.open(evaluated / name) as image:
             assert min(image.size) > 200 and len(image.getcolors(1 << 24)) > 20      # something is drawn
 
 
+def test_evaluation_is_repeatable(evaluated, evaluated_copy):
+    """Also with a finding reader that is trained anew."""
+    for folder in ("eval", "reader"):
+        shutil.rmtree(evaluated_copy / folder)
+    assert evaluate(evaluated_copy) == read_json(evaluated / "eval.json")
+
+
+def test_only_what_is_new_is_evaluated(evaluated_copy, monkeypatch):
+    """The same command measures nothing again and says the same; another model is measured alone, another flag all."""
+    before, measured, answers = read_json(evaluated_copy / "eval.json"), [], sample.evaluate_answers
+    monkeypatch.setattr(sample, "evaluate_answers", lambda *a: measured.append(1) or answers(*a))
+    assert evaluate(evaluated_copy) == before and not measured
+    shutil.copytree(evaluated_copy / "sft", evaluated_copy / "mine")
+    found = evaluate(evaluated_copy, "--model", "mine")
+    assert len(measured) == 1 and found["mine"] == before["sft"] and "mine minus control" in found
+    assert "generate/cfg2/f1" in evaluate(evaluated_copy, "--guidance", "2")["mine"] and len(measured) == 1 + 4
+
+
+def records_with_texts(*texts):
+    return [SimpleNamespace(text=t, name=f"{i}.png") for i, t in enumerate(texts)]
+
+
+def test_the_references_are_coco_annotations():
+    assert sample.coco_references(records_with_texts("One.", "", "Three.")) == {
+        "info": {}, "licenses": [], "type": "captions",
+        "images": [{"id": 0, "file_name": "0.png"}, {"id": 2, "file_name": "2.png"}],
+        "annotations": [{"id": 0, "image_id": 0, "caption": "One."}, {"id": 2, "image_id": 2, "caption": "Three."}]}
+
+
+def test_greedy_reports_are_kept_beside_the_figures(tmp_path, monkeypatch):
+    """In the order of the references; the model is evaluated again only when they are missing."""
+    records, said = records_with_texts("One.", "", "Three."), ["A.", "B.", "C."]
+    bench = SimpleNamespace(cfg=sample.SampleConfig(out=str(tmp_path)), records=records, codes=np.zeros(1), reader=None)
+    measured, weights = [], torch.nn.Linear(1, 1)
+    monkeypatch.setattr(sample, "evaluate_reports",
+                        lambda *a: measured.append(1) or ({"x": sample.Metric(1.0, np.ones(2), 3)}, said))
+    for name in ("answers", "companions", "masks", "drawings"):
+        monkeypatch.setattr(sample, f"evaluate_{name}", lambda *a: {})
+    once = lambda: sample.evaluate_model("v1.5", weights, None, weights, bench, autocast)
+    kept = tmp_path / "eval/v1.5.captions.json"
+    first, again = once(), once()
+    assert len(measured) == 1 and str(first) == str(again)
+    assert read_json(kept) == [{"image_id": 0, "caption": "A."}, {"image_id": 2, "caption": "C."}]
+    kept.unlink()
+    once()
+    assert len(measured) == 2 and kept.exists()
+
+
+def test_the_evaluation_writes_what_other_scorers_read(evaluated_copy):
+    """The reports of the chosen model, one for each reference; tests.captions is such a scorer."""
+    out = evaluated_copy
+    for flags, name in (["--model", "sft"], "sft"), ([], "bidpo"):
+        evaluate(out, *flags)
+        said, references = (read_json(out / f"{f}.json") for f in ("captions", "references"))
+        assert said == read_json(out / f"eval/{name}.captions.json")
+        assert [c["image_id"] for c in said] == [r["id"] for r in references["images"]] == list(range(N))
+        assert references["images"][5]["file_name"] == "test/5" and references["annotations"][5]["image_id"] == 5
+    evaluated = read_json(out / "eval.json")["bidpo"]
+    assert evaluated["report/greedy/distinct"]["value"] == len({c["caption"] for c in said})
+    found = captions.score_folder(out)
+    assert list(found) == ["sft", "control", "bidpo"] and {m.n for m in found["bidpo"].values()} == {N}
+
+
+def test_the_model_asked_for_or_bidpo_or_the_first():
+    chosen = lambda names, model="": sample.choose_model(sample.SampleConfig(model=model), names)
+    assert chosen(["sft", "control", "bidpo"]) == "bidpo" and chosen(["sft", "control"]) == "sft"
+    assert chosen(["sft", "control", "bidpo"], "control") == "control"
+    with pytest.raises(UserError, match="--model mine: .*sft, bidpo"):
+        chosen(["sft", "bidpo"], "mine")
+
+
+def test_models_are_found_sft_and_control_first_and_no_unfinished_one(tmp_path):
+    for name in ("a", "sft", "control", "b.partial", "c.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").touch()
+    (tmp_path / "vqgan").mkdir()
+    assert sample.find_models(tmp_path) == ["sft", "control", "a"]
+
+
+# Pictures
+
+
 def test_curves_show_stage_2_under_its_name(trained, tmp_path):
-    for name, log in (("vqgan", "vqgan"), ("sft", "sft"), ("strict", "dpo")):
+    for name, log in (("vqgan", "vqgan"), ("sft", "sft"), ("strict", "bidpo")):
         shutil.copy(trained / f"{log}.jsonl", tmp_path / f"{name}.jsonl")
     whole, without = sample.curves(tmp_path, "strict"), sample.curves(tmp_path, "sft")
-    assert whole.height == 2 * without.height > 0 and whole.height == sample.curves(trained, "dpo").height
-
-
-def test_evaluation_is_repeatable(evaluated, trained):
-    shutil.rmtree(trained / "eval")
-    sample.main(["--preset", "tiny", "--out", str(trained)])
-    assert json.loads((trained / "eval.json").read_text()) == evaluated
-
-
-def test_only_what_is_new_is_evaluated(evaluated, trained, monkeypatch):
-    """The same command measures nothing again and says the same; another flag measures all."""
-    measured, write = [], sample.evaluate_answers
-    monkeypatch.setattr(sample, "evaluate_answers", lambda *a: measured.append(1) or write(*a))
-    sample.main(["--preset", "tiny", "--out", str(trained)])
-    assert not measured and json.loads((trained / "eval.json").read_text()) == evaluated
-    sample.main(["--preset", "tiny", "--out", str(trained), "--n", "6"])
-    assert len(measured) == 3
-    sample.main(["--preset", "tiny", "--out", str(trained)])
+    assert whole.height == 2 * without.height > 0 and whole.height == sample.curves(trained, "bidpo").height
 
 
 def test_the_sheet_of_pairs_shows_those_of_this_sft_model(trained):
@@ -184,12 +364,15 @@ def test_the_sheet_of_pairs_shows_those_of_this_sft_model(trained):
     assert sample.pair_sheet(model, vqgan, bench) == []
 
 
-def command(*words, code=0):
-    """Run sample.py as a user would; returns its stdout and stderr."""
-    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout, done.stderr
+def test_only_sentences_that_state_what_is_not_there_are_red():
+    """One that states nothing is not; where nothing is known of the image none is."""
+    sheet = lambda text, true: np.array(sample.lay_out({}, {"report": [text]}, [true], PHRASES))
+    red = lambda text, true={("cardiomegaly", "")}: (sheet(text, true) == sample.COLOURS[1]).all(-1).sum()
+    assert red("Enlarged heart. Left effusion.") == red("Left effusion.") > 0
+    assert red("Enlarged heart. No effusion.") == red("Left effusion.", None) == 0
+
+
+# One's own images
 
 
 @pytest.fixture
@@ -199,37 +382,40 @@ def image_file(tmp_path):
     return path
 
 
-def test_report_ask_segment_generate(trained, image_file):
-    """One process for each would be slow: the last runs as a user runs it, the others in here."""
-    for words in (["report", str(image_file)], ["ask", str(image_file), "On which side is the unicorn?"],
-                  ["segment", str(image_file), "left lung"]):
-        sample.main([*words, "--out", str(trained)])
-    command("generate", "Head CT.", "--out", trained, "--count", "2")
-    assert Image.open(trained / "generate.png").size == (512, 256)
-    assert Image.open(trained / "segment.png").size == (512, 256)
+def test_report_ask_segment_generate(out, image_file, capsys):
+    """Each says on one line what it wrote, of several images with their names."""
+    for words in (["report", image_file, image_file], ["ask", image_file, "On which side is the unicorn?"],
+                  ["segment", image_file, "left lung"], ["generate", "Head CT.", "--count", "2"]):
+        sample.main([*map(str, words), "--out", str(out)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith(f"{image_file}: ") for line in lines] == [True, True, False, False, False]
+    assert lines[0] == lines[1] and str(out / "segment.png") in lines[3] and str(out / "generate.png") in lines[4]
+    assert Image.open(out / "generate.png").size == Image.open(out / "segment.png").size == (512, 256)
 
 
-@pytest.mark.parametrize("words, message", [
-    (["paint", "x"], "is no command"),
-    (["ask", "x.png"], "usage: python sample.py ask"),
-    (["report", "nowhere.png"], "no such file"),
-])
-def test_wrong_words_get_one_sentence(trained, words, message):
-    with pytest.raises(UserError, match=message):
-        sample.main([*words, "--out", str(trained)])
+@pytest.mark.parametrize("words, named", [
+    (["paint", "x"], "paint"), (["ask", "x.png"], "ask"), (["segment", "x.png", "a", "b"], "segment"),
+    (["report"], "report"), (["report", "nowhere.png"], "nowhere.png")])
+def test_wrong_words_get_one_sentence(out, words, named):
+    with pytest.raises(UserError, match=named):
+        sample.main([*words, "--out", str(out)])
 
 
-def test_an_image_that_cannot_be_read_is_named(trained, tmp_path):
+def test_an_image_that_cannot_be_read_is_named(out, tmp_path):
     (tmp_path / "notes.png").write_text("not an image")
-    with pytest.raises(UserError, match="notes.png: not a readable image"):
-        sample.main(["report", str(tmp_path / "notes.png"), "--out", str(trained)])
+    with pytest.raises(UserError, match="notes.png"):
+        sample.main(["report", str(tmp_path / "notes.png"), "--out", str(out)])
 
 
 def test_before_any_training_it_says_what_to_run(tmp_path):
-    _, err = command("--out", tmp_path / "new", code=2)
-    assert err.startswith("error:") and "python dpo.py" in err and err.count("\n") == 1
+    """As a user runs it, in a process of its own."""
+    command = [sys.executable, ROOT / "sample.py", "--out", tmp_path / "new"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error:") and done.stderr.count("\n") == 1
+    assert str(tmp_path / "new") in done.stderr and "--out" in done.stderr
 
 
-def test_evaluating_on_other_data_is_refused(trained):
-    with pytest.raises(UserError, match="was trained on phantoms --bias 0.9"):
-        sample.main(["--preset", "tiny", "--out", str(trained), "--bias", "0.1"])
+def test_evaluating_on_other_data_is_refused(out):
+    with pytest.raises(UserError, match=re.escape(str(out / "sft")) + ".*--bias 0.9"):
+        evaluate(out, "--bias", "0.1")
+    assert not (out / "eval").exists()

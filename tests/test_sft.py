@@ -1,17 +1,33 @@
-"""Stage 1: its loss, its batches, and that stopping changes nothing."""
+"""sft.py: vocabulary and prompts, the four ways to use a model, examples and batches, the loss, and the program."""
+
+import contextlib
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import sft
-from conftest import figures_of
-from data import Study, Vocabulary, collate
-from model import GPT, GPTConfig, UserError, cli, per_token_logps, read_tensors
+from conftest import Means, figures_of
+from data import PHRASES, Finding, Phantoms, Record, phantom_spec, write_report
+from model import (GPT, SHARED_PRESETS, GPTConfig, UserError, cli, per_token_logps, read_tensors, save_state,
+                   sequence_logps, take_step)
+from sft import (INSTRUCTIONS, MASKS_EACH, MAX_TEXT, TASKS, Study, Vocabulary, collate, dice, encode_records,
+                 extend_vocabulary, make_batch, make_example, response_loss)
+from vqgan import stack, to_pixels
 
-VOCAB = Vocabulary.train(["Enlarged heart. No effusion."] * 3, codebook_size=8, text_size=300)
-STUDY = Study(np.arange(4), "Enlarged heart.", (("Is there an effusion?", "No."),), (("heart", np.arange(4)),), (),
-              sft.TASKS)
+K = 16                                                     # image codes
+REPORTS = [write_report(phantom_spec(0, "train", i, 0.9)) for i in range(60)]
+VOCAB = Vocabulary.train([*sft.all_texts(()), *REPORTS], K, text_size=400)
+STUDY = Study(np.arange(9), "Chest radiograph. Enlarged heart.", (("Is there a nodule?", "No."),),
+              (("heart", np.arange(9)[::-1]),), (Finding("cardiomegaly"),), TASKS)
+SHARES = dict.fromkeys(TASKS, 0.25)
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
 
 
 @pytest.fixture
@@ -24,9 +40,283 @@ def config(**flags):
     return cli(sft.SFTConfig, sft.PRESETS, ["--preset", "tiny"] + [w for k, v in flags.items() for w in (f"--{k}", str(v))])
 
 
+# ---- Vocabulary and prompts, with a tokenizer learnt here and with one of other hands ------------
+
+
+@pytest.fixture(scope="module", params=["learned", "foreign"])
+def vocab(request, tmp_path_factory):
+    """Text and K image codes; the foreign tokenizer has bytes, one merge and a special token of its own."""
+    if request.param == "learned":
+        return VOCAB
+    folder = tmp_path_factory.mktemp("foreign")
+    ids = {piece: i for i, piece in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "le"])}
+    tokenizer = Tokenizer(models.BPE(ids, [("l", "e")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return extend_vocabulary(folder, K)
+
+
+def test_ids_are_text_then_specials_then_image_codes(vocab):
+    """One layout, whoever learnt the text; a response in words and one in pixels are each drawn from one range."""
+    tokens = [vocab.tokenizer.id_to_token(i) for i in range(vocab.size)]
+    specials = ["<eos>", "</image>", "<image>", "<bos>", "<pad>"]
+    assert tokens[-K - 5:] == [*specials, *(f"<img_{i}>" for i in range(K))]
+    assert [vocab.eos, vocab.eoi, vocab.boi, vocab.bos, vocab.pad] == [tokens.index(s) for s in specials]
+    assert None not in tokens and vocab.size == vocab.tokenizer.get_vocab_size()
+    assert vocab.text_range == (0, vocab.eos + 1)                    # <eos> may be sampled among text
+    assert vocab.image_range == (vocab.image_start, vocab.size) == (vocab.size - K, vocab.size)
+
+
+def test_codes_to_ids_and_back(vocab):
+    codes = np.array([0, 5, K - 1], dtype=np.int16)
+    ids = vocab.codes_to_ids(codes)
+    assert [vocab.tokenizer.id_to_token(i) for i in ids] == ["<img_0>", "<img_5>", f"<img_{K - 1}>"]
+    assert vocab.ids_to_codes(ids) == [0, 5, K - 1] and all(type(i) is int for i in ids)
+
+
+@pytest.mark.parametrize("text", ["Small left pleural effusion.", "Ödem, β-Blocker: 5 µg — “ok” 肺", "a  b\nc", ""])
+def test_text_round_trip(vocab, text):
+    ids = vocab.encode_text(text)
+    assert all(i < vocab.eos for i in ids)
+    assert vocab.decode_text(ids) == text
+
+
+def test_decode_text_leaves_specials_and_image_codes_out(vocab):
+    ids = [vocab.bos, vocab.boi, *vocab.codes_to_ids([1]), vocab.eoi, *vocab.encode_text("Nodule."), vocab.eos, vocab.pad]
+    assert vocab.decode_text(ids) == "Nodule."
+
+
+HOSTILE = "a <image> b <img_3> c <eos><pad></image><bos>"
+
+
+def test_special_names_inside_a_text_stay_letters(vocab):
+    ids = vocab.encode_text(HOSTILE)
+    assert all(i < vocab.eos for i in ids)
+    assert vocab.decode_text(ids) == HOSTILE
+
+
+def test_special_names_in_the_training_texts_claim_no_id():
+    vocab = Vocabulary.train([HOSTILE] * 50, K, text_size=400)
+    assert vocab.tokenizer.id_to_token(vocab.image_start) == "<img_0>" and vocab.size == vocab.image_start + K
+    assert all(i < vocab.eos for i in vocab.encode_text(HOSTILE))
+
+
+@pytest.mark.parametrize("size", [261, 300, 400])
+def test_a_vocabulary_has_the_text_tokens_asked_for(size):
+    """The 256 bytes and the specials are the least."""
+    assert Vocabulary.train(REPORTS, K, text_size=size).image_start == size
+
+
+def test_a_long_text_is_cut_and_that_is_said_once(vocab, capsys):
+    vocab.has_cut = False
+    assert len(vocab.encode_text("nodule " * 3 * MAX_TEXT)) == MAX_TEXT
+    assert capsys.readouterr().out.count("\n") == 1
+    assert len(vocab.text_response("effusion " * 3 * MAX_TEXT)) == MAX_TEXT + 1         # <eos> is never cut off
+    assert capsys.readouterr().out == ""
+
+
+def test_save_and_load_give_an_equal_vocabulary(vocab, tmp_path):
+    vocab.save(tmp_path)
+    loaded = Vocabulary.load(tmp_path)
+    fields = {k: v for k, v in vars(vocab).items() if k not in ("tokenizer", "has_cut")}
+    assert {k: getattr(loaded, k) for k in fields} == fields
+    for text in ("Small left pleural effusion.", HOSTILE):
+        assert loaded.encode_text(text) == vocab.encode_text(text)
+
+
+def test_loading_a_missing_broken_or_foreign_tokenizer_is_a_user_error(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    for make in (lambda: None, lambda: path.write_text("{"), lambda: Tokenizer(models.BPE()).save(str(path))):
+        make()
+        with pytest.raises(UserError, match="tokenizer.json"):
+            Vocabulary.load(tmp_path)
+
+
+def test_prompts_and_responses_by_hand(vocab):
+    v, image = vocab, vocab.codes_to_ids([3, 1])
+    assert v.read_prompt([3, 1], "Why?") == [v.bos, v.boi, *image, v.eoi, *v.encode_text("Why?")]
+    assert v.draw_prompt("Left.") == [v.bos, *v.encode_text("Left."), v.boi]
+    assert v.draw_prompt("") == [v.bos, v.boi]
+    for wording, words in enumerate(INSTRUCTIONS["segment"]):
+        assert v.segment_prompt([3, 1], "heart", wording) == [*v.read_prompt([3, 1], words.format("heart")), v.boi]
+    assert v.segment_prompt([3, 1], "heart") == v.segment_prompt([3, 1], "heart", 0)
+    assert v.text_response("Left.") == [*v.encode_text("Left."), v.eos]
+    assert v.image_response([3, 1]) == [*image, v.eoi]
+
+
+def test_all_texts_holds_whatever_a_model_will_read():
+    record = Record(np.zeros((4, 4)), "T.", "", masks={"heart": 0, "left lung": 0}, questions=(("Q?", "A."),))
+    texts = list(sft.all_texts([record]))
+    assert texts[-5:] == ["T.", "Q?", "A.", "heart", "left lung"]
+    assert set(texts[:-5]) == {words for wordings in INSTRUCTIONS.values() for words in wordings}
+
+
+# ---- The four ways to use a model ----------------------------------------------------------------
+
+CODES = [np.array([0, 1, 2, 3]), np.array([3, 2, 1, 0])]
+# what stands for the image tokenizer: an image of 2x2 pixels, white where the code is above 7
+PLAIN = SimpleNamespace(config=SimpleNamespace(grid=2), decode=lambda codes: (codes > 7).float().view(-1, 1, 2, 2) * 2 - 1)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """`generate` is replaced: it keeps what it was asked, and answers the n-th prompt with the n-th of `answers`."""
+    asked = SimpleNamespace(model=SimpleNamespace(device="cpu"), answers=[])
+    names = ("model", "prompts", "max_new_tokens", "allowed", "stop_id", "temperature")
+
+    def generate(*values, **options):
+        vars(asked).update({"stop_id": None, **dict(zip(names, values)), **options})
+        return asked.answers
+    monkeypatch.setattr(sft, "generate", generate)
+    return asked
+
+
+def test_reports_are_words_after_the_first_instruction(asked):
+    asked.answers = [VOCAB.encode_text("Left nodule."), []]
+    assert sft.write_reports(asked.model, VOCAB, CODES, temperature=0.5, seed=3, top_k=2) == ["Left nodule.", ""]
+    assert asked.prompts == [VOCAB.read_prompt(c, INSTRUCTIONS["report"][0]) for c in CODES]
+    assert (asked.allowed, asked.stop_id, asked.max_new_tokens) == (VOCAB.text_range, VOCAB.eos, MAX_TEXT)
+    assert (asked.temperature, asked.seed, asked.top_k) == (0.5, 3, 2)
+    sft.write_reports(asked.model, VOCAB, CODES)
+    assert (asked.temperature, asked.seed) == (0, 0)                     # the likeliest words, unless told otherwise
+
+
+def test_each_image_has_its_own_question(asked):
+    asked.answers = [VOCAB.encode_text("No."), VOCAB.encode_text("Left.")]
+    assert sft.write_answers(asked.model, VOCAB, CODES, ["Is there a nodule?", "Where?"]) == ["No.", "Left."]
+    assert asked.prompts == [VOCAB.read_prompt(c, q) for c, q in zip(CODES, ("Is there a nodule?", "Where?"))]
+
+
+def test_a_mask_is_exactly_the_codes_of_an_image_and_white_where_it_is(asked):
+    drawn = [[8, 0, 0, 9], [0, 15, 0, 0]]
+    asked.answers = [VOCAB.codes_to_ids(row) for row in drawn]
+    masks, codes = sft.draw_masks(asked.model, VOCAB, PLAIN, CODES, ["heart", "left lung"], temperature=1.0, seed=4)
+    assert asked.prompts == [VOCAB.segment_prompt(c, s) for c, s in zip(CODES, ("heart", "left lung"))]
+    assert (asked.allowed, asked.stop_id, asked.max_new_tokens) == (VOCAB.image_range, None, 4)
+    assert (asked.temperature, asked.seed) == (1.0, 4)
+    assert codes.tolist() == drawn and codes.dtype == np.int16
+    assert masks.tolist() == [[[True, False], [False, True]], [[False, True], [False, False]]] and masks.dtype == bool
+
+
+def test_an_image_is_drawn_away_from_the_emptied_prompt(asked):
+    asked.answers = [VOCAB.codes_to_ids(row) for row in ([8, 0, 0, 9], [0, 15, 0, 0])]
+    images = sft.draw_images(asked.model, VOCAB, PLAIN, ["Left nodule.", "Normal."], guidance=3.0, temperature=0.5)
+    assert asked.prompts == [VOCAB.draw_prompt(INSTRUCTIONS["generate"][0].format(t)) for t in ("Left nodule.", "Normal.")]
+    assert asked.unconditional == [VOCAB.draw_prompt("")] * 2 and asked.guidance == 3.0 and asked.temperature == 0.5
+    assert (asked.allowed, asked.max_new_tokens) == (VOCAB.image_range, 4)
+    assert images.shape == (2, 1, 2, 2) and images[0, 0].tolist() == [[1, -1], [-1, 1]]
+
+
+def test_dice_by_hand():
+    a, b = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
+    a[0], b[0, :2], b[1, :2] = True, True, True
+    assert dice(a, b) == 0.5 and dice(a, a) == 1 and dice(a, ~a) == 0 and dice(a & False, b & False) == 1
+
+
+# ---- Examples and batches ------------------------------------------------------------------------
+
+
+def test_encode_records_pairs_masks_with_their_own_codes():
+    records = [Phantoms("train", 20)[i] for i in range(20)]
+    studies = encode_records(records, Means(), 0, contextlib.nullcontext)
+    for record, study in zip(records, studies, strict=True):
+        code = lambda image: Means().encode(to_pixels(stack([image], 1)))[0].numpy()
+        assert np.array_equal(study.codes, code(record.image))
+        assert len({name for name, _ in study.masks}) == min(MASKS_EACH, len(record.masks))
+        for structure, codes in study.masks:
+            assert np.array_equal(codes, code(record.masks[structure] * np.uint8(255)))
+
+
+def test_a_study_serves_only_the_tasks_that_it_has_data_for():
+    plain = Record(np.zeros((16, 16), np.uint8), "Words.", "a")
+    asked = Record(np.zeros((16, 16), np.uint8), "", "b", questions=(("Q?", "A."),))
+    first, second = encode_records([plain, asked], Means(), 0, contextlib.nullcontext)
+    assert first.tasks == ("report", "generate") and second.tasks == ("ask",)
+
+
+def test_make_example_report():
+    prompt, response = make_example(STUDY, "report", VOCAB, rng())
+    assert prompt in [VOCAB.read_prompt(range(9), words) for words in INSTRUCTIONS["report"]]
+    assert response == VOCAB.text_response(STUDY.text)
+
+
+def test_make_example_generate():
+    prompt, response = make_example(STUDY, "generate", VOCAB, rng())
+    assert prompt in [VOCAB.draw_prompt(words.format(STUDY.text)) for words in INSTRUCTIONS["generate"]]
+    assert response == VOCAB.image_response(range(9))
+
+
+def test_make_example_ask():
+    assert make_example(STUDY, "ask", VOCAB, rng()) == (VOCAB.read_prompt(range(9), "Is there a nodule?"),
+                                                        VOCAB.text_response("No."))
+
+
+def test_make_example_segment():
+    prompt, response = make_example(STUDY, "segment", VOCAB, rng())
+    assert prompt in [VOCAB.segment_prompt(range(9), "heart", w) for w in range(3)]
+    assert response == VOCAB.image_response(range(8, -1, -1))
+
+
+def test_emptied_generation_prompts_are_the_unconditional_prompt():
+    for seed in range(5):
+        assert make_example(STUDY, "generate", VOCAB, rng(seed), empty_share=1.0)[0] == VOCAB.draw_prompt("")
+        assert make_example(STUDY, "report", VOCAB, rng(seed), empty_share=1.0)[0] != VOCAB.draw_prompt("")
+
+
+@pytest.mark.parametrize("task", ["report", "generate", "segment"])
+def test_every_wording_is_used(task):
+    said = {VOCAB.decode_text(make_example(STUDY, task, VOCAB, rng(s))[0]) for s in range(40)}
+    assert said == {words.format({"generate": STUDY.text, "segment": "heart"}.get(task)) for words in INSTRUCTIONS[task]}
+
+
+def test_collate_by_hand():
+    ids, labels = collate([([1, 7, 8], [9, 4]), ([1], [5, 6, 7, 4])], pad=0)
+    assert ids.tolist() == [[1, 7, 8, 9, 4], [1, 5, 6, 7, 4]]
+    assert labels.tolist() == [[-100, -100, -100, 9, 4], [-100, 5, 6, 7, 4]]
+    ids, labels = collate([([1], [4]), ([1, 2], [3, 4])], pad=0)
+    assert ids[0].tolist() == [1, 4, 0, 0] and labels[0].tolist() == [-100, 4, -100, -100]
+
+
+def test_labels_are_exactly_the_response_and_the_rest_is_padding():
+    examples = [make_example(STUDY, task, VOCAB, rng()) for task in TASKS]
+    ids, labels = collate(examples, VOCAB.pad)
+    assert VOCAB.pad != VOCAB.eos
+    for row, (prompt, response) in enumerate(examples):
+        assert labels[row][labels[row] != -100].tolist() == response
+        assert ids[row, :len(prompt) + len(response)].tolist() == prompt + response
+        assert (ids[row, len(prompt) + len(response):] == VOCAB.pad).all()
+
+
+def test_a_report_of_any_length_fits_a_row():
+    """Of a text far too long MAX_TEXT tokens are left, and <eos>."""
+    VOCAB.has_cut = True                                   # it has said so before
+    long = Study(np.arange(9), "Haemorrhage. " * 500, (), (), None, ("report",))
+    ids, labels = collate([make_example(s, "report", VOCAB, rng()) for s in (long, STUDY)], VOCAB.pad)
+    assert (labels[0] != -100).sum() == MAX_TEXT + 1 and labels[0, -1] == VOCAB.eos and ids.shape == labels.shape
+
+
+def test_tasks_follow_their_shares_and_the_record():
+    shares, chance = {"report": 0.6, "generate": 0.4, "ask": 0.0, "segment": 0.0}, rng()
+    drawn = [sft.pick_task(STUDY, shares, chance) for _ in range(2000)]
+    assert drawn.count("report") / 2000 == pytest.approx(0.6, abs=0.04) and set(drawn) == {"report", "generate"}
+    only = Study(*list(vars(STUDY).values())[:5], tasks=("ask",))
+    assert sft.pick_task(only, SHARES, chance) == "ask"
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    cfg = config()
+    batch = lambda step: make_batch([STUDY], cfg, SHARES, VOCAB, step, "cpu")[0]
+    assert len(batch(3)) == cfg.batch_size
+    assert torch.equal(batch(3), batch(3)) and not torch.equal(batch(3)[:, :8], batch(4)[:, :8])
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
 def test_loss_at_the_start_is_log_v(model):
     ids, labels = collate([([1, 2], [30, 31])], VOCAB.pad)
-    assert sft.response_loss(model, ids, labels).item() == pytest.approx(np.log(VOCAB.size), abs=0.1)
+    assert response_loss(model, ids, labels).item() == pytest.approx(np.log(VOCAB.size), abs=0.1)
 
 
 def test_loss_counts_response_tokens_only(model):
@@ -34,87 +324,109 @@ def test_loss_counts_response_tokens_only(model):
     ids, labels = collate([([1, 2, 3], [4, 5]), ([1], [4])], VOCAB.pad)
     changed = ids.clone()
     changed[1, 2:] = 7
-    torch.testing.assert_close(sft.response_loss(model, ids, labels), sft.response_loss(model, changed, labels))
+    torch.testing.assert_close(response_loss(model, ids, labels), response_loss(model, changed, labels))
 
 
 def test_loss_is_the_mean_over_tokens_not_over_sequences(model):
     """Two uneven halves, weighted by their tokens, give the whole batch."""
     pairs = [([1, 2], [3, 4, 5, 6]), ([1, 2], [3])]
-    whole = sft.response_loss(model, *collate(pairs, VOCAB.pad))
-    halves = [sft.response_loss(model, *collate([p], VOCAB.pad)) for p in pairs]
+    whole = response_loss(model, *collate(pairs, VOCAB.pad))
+    halves = [response_loss(model, *collate([p], VOCAB.pad)) for p in pairs]
     torch.testing.assert_close(whole, (4 * halves[0] + halves[1]) / 5)
 
 
 def test_one_batch_overfits(model):
-    cfg = config()
-    ids, labels = sft.make_batch([STUDY], cfg, dict.fromkeys(sft.TASKS, 0.25), VOCAB, 0, "cpu")
+    ids, labels = make_batch([STUDY], config(), SHARES, VOCAB, 0, "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    start = sft.response_loss(model, ids, labels).item()
+    start = response_loss(model, ids, labels).item()
     for _ in range(50):
-        optimizer.zero_grad()
-        sft.response_loss(model, ids, labels).backward()
-        optimizer.step()
-    assert sft.response_loss(model, ids, labels).item() < 0.15 * start
+        take_step(response_loss(model, ids, labels), model.parameters(), [optimizer])
+    assert response_loss(model, ids, labels).item() < 0.15 * start
 
 
-def test_tasks_follow_their_shares_and_the_record():
-    shares, rng = {"report": 0.6, "generate": 0.4, "ask": 0.0, "segment": 0.0}, np.random.default_rng(0)
-    drawn = [sft.pick_task(STUDY, shares, rng) for _ in range(2000)]
-    assert drawn.count("report") / 2000 == pytest.approx(0.6, abs=0.04) and set(drawn) == {"report", "generate"}
-    only = Study(*list(vars(STUDY).values())[:5], tasks=("ask",))
-    assert sft.pick_task(only, dict.fromkeys(sft.TASKS, 0.25), rng) == "ask"
+def test_validation_by_hand(model, monkeypatch):
+    """Loss per token of each task that a study serves, and F1 of greedy reports where findings are known."""
+    unknown = Study(np.arange(9), "Normal chest radiograph.", (), (), None, ("report", "generate"))
+    monkeypatch.setattr(sft, "write_reports", lambda model, vocab, codes: ["Enlarged heart. Left nodule."] * len(codes))
+    found = sft.validate(model, [STUDY, unknown], VOCAB, PHRASES)
+    draw, reports = rng(0), []
+    for study in (STUDY, unknown):
+        reports.append(make_example(study, "report", VOCAB, draw))
+    ids, labels = collate(reports, VOCAB.pad)
+    with torch.no_grad():
+        nats = -sequence_logps(model, ids, labels).sum() / (labels != -100).sum()
+    assert found["val/loss_report"] == pytest.approx(nats.item(), rel=1e-5)
+    losses = [found[f"val/loss_{task}"] for task in TASKS]
+    assert found["val/loss"] == pytest.approx(np.mean(losses)) and len(set(losses)) == len(TASKS)
+    assert found["val/f1"] == pytest.approx(2 * 1 / (2 + 1))              # one right of two stated, of one true
+    assert model.training and "val/f1" not in sft.validate(model, [unknown], VOCAB, PHRASES)
 
 
-def test_a_batch_is_a_function_of_seed_and_step():
-    cfg, shares = config(), dict.fromkeys(sft.TASKS, 0.25)
-    batch = lambda step: sft.make_batch([STUDY], cfg, shares, VOCAB, step, "cpu")[0]
-    assert torch.equal(batch(3), batch(3)) and not torch.equal(batch(3)[:, :8], batch(4)[:, :8])
+# ---- The program ---------------------------------------------------------------------------------
+
+# eight steps of eight sequences, two validations
+SHORT = "--preset tiny --dtype float32 --steps 8 --batch-size 8 --val-every 4 --val-records 4 --records 32".split()
 
 
-def test_stopped_and_resumed_equals_never_stopped(trained, tmp_path, monkeypatch):
-    """The run is killed right after a saved state; --resume then writes the very same weights."""
-    import shutil
-    flags = ["--preset", "tiny", "--dtype", "float32", "--steps", "12", "--val-every", "6", "--records", "48"]
-    for name in ("whole", "halved"):
-        (tmp_path / name).mkdir()
+@pytest.fixture
+def begin(trained, tmp_path):
+    """Makes a new --out with the trained image tokenizer in it alone."""
+    def begin(name="out"):
         shutil.copytree(trained / "vqgan", tmp_path / name / "vqgan")
-    sft.main([*flags, "--out", str(tmp_path / "whole")])
-    save_state = sft.save_state
+        return tmp_path / name
+    return begin
 
-    def save_and_die(folder, step, *rest, **figures):
-        save_state(folder, step, *rest, **figures)
+
+def test_stopped_and_resumed_equals_never_stopped(begin, monkeypatch):
+    """The run is killed right after a saved state; --resume then writes the very same weights."""
+    whole, halved = begin("whole"), begin("halved")
+    sft.main([*SHORT, "--out", str(whole)])
+
+    def save_and_die(*args, **progress):
+        save_state(*args, **progress)
         raise KeyboardInterrupt
-    monkeypatch.setattr(sft, "save_state", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        sft.main([*flags, "--out", str(tmp_path / "halved")])
-    assert not (tmp_path / "halved/sft").exists()          # nothing half made stands where a model should
-    monkeypatch.undo()
-    sft.main([*flags, "--out", str(tmp_path / "halved"), "--resume"])
-    whole, halved = (read_tensors(tmp_path / n / "sft/state.safetensors") for n in ("whole", "halved"))
-    assert whole.keys() == halved.keys() and all(torch.equal(whole[k], halved[k]) for k in whole)
-    assert figures_of(tmp_path / "whole/sft.jsonl") == figures_of(tmp_path / "halved/sft.jsonl")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sft, "save_state", save_and_die)
+        sft.main([*SHORT, "--out", str(halved)])
+    assert not (halved / "sft").exists()                   # nothing half made stands where a model should
+    sft.main([*SHORT, "--out", str(halved), "--resume"])
+    for file in ("state.safetensors", "model.safetensors"):
+        a, b = (read_tensors(out / "sft" / file) for out in (whole, halved))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert figures_of(whole / "sft.jsonl") == figures_of(halved / "sft.jsonl")
 
 
-def test_another_image_size_than_the_tokenizers_is_refused(trained):
-    with pytest.raises(UserError, match="trained for 32 pixels"):
-        sft.main(["--preset", "tiny", "--out", str(trained), "--image-size", "64"])
+@pytest.mark.parametrize("scores, kept_is_last", [((0.5, 0.4), False), ((0.5, 0.5), True), ((0.4, 0.5), True)])
+def test_the_folder_keeps_the_best_model_and_the_last_state(begin, monkeypatch, scores, kept_is_last):
+    score = iter(scores)
+    monkeypatch.setattr(sft, "validate", lambda *args: {"val/loss": 1.0, "val/f1": next(score)})
+    out = begin()
+    sft.main([*SHORT, "--steps", "2", "--val-every", "1", "--out", str(out)])
+    kept = read_tensors(out / "sft/model.safetensors")["model.embed_tokens.weight"]
+    last = read_tensors(out / "sft/state.safetensors")["model.0.0"]
+    assert torch.equal(kept, last) == kept_is_last
 
 
-def test_other_data_than_the_tokenizers_is_refused(trained, tmp_path):
-    with pytest.raises(UserError, match="was trained on phantoms"):
-        sft.main(["--preset", "tiny", "--out", str(trained), "--data", str(tmp_path)])
+def test_another_image_size_than_the_tokenizers_is_refused(begin):
+    with pytest.raises(UserError, match=f"--image-size {SHARED_PRESETS['tiny']['image_size']}"):
+        sft.main([*SHORT, "--out", str(begin()), "--image-size", "64"])
 
 
-def test_no_task_left_is_refused(trained, tmp_path):
-    import shutil
-    shutil.copytree(trained / "vqgan", tmp_path / "vqgan")
-    none = [w for t in sft.TASKS for w in (f"--{t}-share", "0")]
-    with pytest.raises(UserError, match="share"):
-        sft.main(["--preset", "tiny", "--out", str(tmp_path), *none])
+def test_other_data_than_the_tokenizers_is_refused(begin, tmp_path):
+    with pytest.raises(UserError, match=f"out/vqgan .*{tmp_path}"):
+        sft.main([*SHORT, "--out", str(begin()), "--data", str(tmp_path)])
 
 
-def test_logits_of_the_saved_folder_are_the_models(trained):
-    """What is on disk is whole: ids of the folder's own vocabulary, finite log-probabilities."""
+def test_no_task_left_is_refused(begin):
+    none = [w for t in TASKS for w in (f"--{t}-share", "0")]
+    with pytest.raises(UserError, match="-share"):
+        sft.main([*SHORT, "--out", str(begin()), *none])
+
+
+def test_the_saved_folder_is_whole(trained):
+    """Ids of the folder's own vocabulary, finite log-probabilities."""
     model, vocab = GPT.from_pretrained(trained / "sft"), Vocabulary.load(trained / "sft")
-    ids, labels = collate([(vocab.draw("Head CT."), vocab.image_response(range(16)))], vocab.pad)
+    ids, labels = collate([(vocab.draw_prompt("Head CT."), vocab.image_response(range(16)))], vocab.pad)
     assert model.config.vocab_size == vocab.size and torch.isfinite(per_token_logps(model, ids, labels)).all()
+    assert (model.config.image_token_start, model.config.eos_token_id, model.config.pad_token_id) == \
+        (vocab.image_start, vocab.eos, vocab.pad)

@@ -1,8 +1,11 @@
-"""vqgan.py: the quantizer and its losses by hand, then the whole tokenizer as an encoder and as a program."""
+"""vqgan.py: the quantizer and its losses by hand, pixels and codes, then the tokenizer as an encoder and as a program."""
 
+import contextlib
 import math
 import runpy
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,9 +13,11 @@ from torch.testing import assert_close
 
 import vqgan as program
 from conftest import figures_of
-from model import UserError, read_tensors, save_state
-from vqgan import (VQGAN, PatchDiscriminator, VectorQuantizer, VQGANConfig, VQGANTrainConfig, adaptive_weight,
-                   codebook_figures, d_hinge_loss, feature_loss, psnr, reconstruction_loss)
+from data import Phantoms, Record
+from model import UserError, cli, read_tensors, save_state
+from vqgan import (VQGAN, PatchDiscriminator, VQGANConfig, VQGANTrainConfig, VectorQuantizer, adaptive_weight,
+                   codebook_figures, d_hinge_loss, encode_images, feature_loss, image_stack, psnr, reconstruction_loss,
+                   stack, to_images, to_pixels)
 
 AXES = torch.cat([torch.eye(3), -torch.eye(3)])       # six codes in three dimensions, far apart
 
@@ -34,9 +39,7 @@ def small_vqgan(size=16, channels=1):
     return VQGAN(VQGANConfig(size, channels, widths=(16, 24), codebook_size=32, code_dim=4)).eval()
 
 
-# ---------------------------------------------------------------------------------------------
-# The quantizer
-# ---------------------------------------------------------------------------------------------
+# ---- The quantizer -------------------------------------------------------------------------------
 
 
 def test_codebook_rows_are_their_own_codes():
@@ -134,9 +137,7 @@ def test_codebook_figures_by_hand():
                  {"codebook/usage": 0.5, "codebook/near_duplicates": 0.5, "codebook/perplexity": 2.0})
 
 
-# ---------------------------------------------------------------------------------------------
-# Losses and figures
-# ---------------------------------------------------------------------------------------------
+# ---- Losses and figures --------------------------------------------------------------------------
 
 
 def test_hinge_loss_by_hand():
@@ -186,9 +187,62 @@ def test_psnr_by_hand():
     assert psnr(x, x_rec)[1].isfinite()
 
 
-# ---------------------------------------------------------------------------------------------
-# The tokenizer
-# ---------------------------------------------------------------------------------------------
+# ---- Pixels and codes ----------------------------------------------------------------------------
+
+COLOUR = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
+
+
+def test_pixels_to_tensor_and_back_is_exact():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert to_pixels(images).min() == -1 and to_pixels(images).max() == 1
+    assert torch.equal(to_images(to_pixels(images)), images)
+
+
+def test_what_is_beyond_the_range_of_pixels_is_cut():
+    assert to_images(torch.tensor([-1.5, -1, 0.0039, 1, 1.5])).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_stack_keeps_channel_order_and_repeats_gray():
+    x = stack([COLOUR, COLOUR[..., 0]], 3)
+    assert x.shape == (2, 3, 16, 16) and x.dtype == torch.uint8
+    assert np.array_equal(x[0, 2], COLOUR[..., 2]) and np.array_equal(x[1, 2], COLOUR[..., 0])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_image_stack_holds_the_share_of_masks_asked_for(share):
+    records = Phantoms("train", 120, size=16)
+    is_mask = [set(x.unique().tolist()) <= {0, 255} for x in image_stack(records, 120, share, 1, seed=0)]
+    assert np.mean(is_mask) == pytest.approx(share, abs=0.1 if 0 < share < 1 else 0)
+
+
+def test_image_stack_spreads_over_the_records_and_repeats_gray():
+    records = [Record(np.full((16, 16), i, np.uint8), "", "") for i in range(10)]
+    x = image_stack(records, 4, 1.0, 3, seed=0)             # without masks all are images, whatever the share
+    assert x.shape == (4, 3, 16, 16) and x[:, 2, 0, 0].tolist() == [0, 2, 5, 7]
+    assert len(image_stack(records, 99, 0.0, 1, seed=0)) == 10
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_encoded_with_the_tokenizers_own_channels(channels):
+    model, images = small_vqgan(channels=channels), [COLOUR[..., 0], COLOUR[..., 1]] + [COLOUR] * (channels == 3)
+    codes = encode_images(images, model, contextlib.nullcontext)
+    assert codes.dtype == np.int16 and codes.shape == (len(images), 16)
+    assert np.array_equal(codes, model.encode(to_pixels(stack(images, channels))))
+
+
+def test_images_are_encoded_inside_autocast():
+    inside = []
+    watched = SimpleNamespace(config=SimpleNamespace(channels=1), device="cpu",
+                              encode=lambda x: inside.append(torch.is_autocast_enabled("cpu")) or torch.zeros(1, 4))
+    encode_images([COLOUR[..., 0]], watched, lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    assert inside == [True]
+
+
+# ---- The tokenizer -------------------------------------------------------------------------------
+
+
+def test_the_device_is_that_of_the_weights():
+    assert (small_vqgan().device.type, small_vqgan().to("meta").device.type) == ("cpu", "meta")
 
 
 def test_decoded_codes_equal_the_forward_pass():
@@ -212,7 +266,7 @@ def test_shapes_of_gray_and_rgb(size, channels):
 
 
 def test_indivisible_size_raises_user_error():
-    with pytest.raises(UserError, match="no multiple of 4"):
+    with pytest.raises(UserError, match="--image-size 30"):
         small_vqgan(size=30)
 
 
@@ -224,9 +278,7 @@ def test_saved_tokenizer_comes_back_equal(tmp_path):
     assert all(torch.equal(v, saved.state_dict()[k]) for k, v in loaded.state_dict().items())
 
 
-# ---------------------------------------------------------------------------------------------
-# The program
-# ---------------------------------------------------------------------------------------------
+# ---- The program ---------------------------------------------------------------------------------
 
 
 def flags(out, **changes):
@@ -234,7 +286,12 @@ def flags(out, **changes):
     return [text for name, value in options.items() for text in ("--" + name.replace("_", "-"), str(value))]
 
 
-def trained(out, resume=False, **changes):
+def config(out, **changes):
+    """The same as a config."""
+    return cli(VQGANTrainConfig, program.PRESETS, flags(out, **changes))
+
+
+def weights_after(out, resume=False, **changes):
     """Weights that the program writes."""
     program.main(flags(out, **changes) + ["--resume"] * resume)
     return VQGAN.from_pretrained(out / "vqgan").state_dict()
@@ -246,15 +303,17 @@ def log_of(out):
 
 def test_beta_weighs_the_commitment_term(tmp_path):
     """One step on the two quantizer losses alone, beta 0: the codebook moves, the encoder does not."""
-    after = trained(tmp_path, steps=1, beta=0, l1_weight=0, l2_weight=0, pooled_weight=0)
-    torch.manual_seed(0)
-    before = VQGAN(VQGANConfig(32, 1, program.WIDTHS["tiny"], 64, 8)).state_dict()
+    after = weights_after(tmp_path, steps=1, beta=0, l1_weight=0, l2_weight=0, pooled_weight=0)
+    cfg = config(tmp_path)
+    torch.manual_seed(cfg.seed)
+    before = VQGAN(VQGANConfig(cfg.image_size, cfg.channels, program.WIDTHS[cfg.preset], cfg.codebook_size,
+                               cfg.code_dim)).state_dict()
     moved = {k.split(".")[0] for k in after if not k.endswith("idle") and not torch.equal(after[k], before[k])}
     assert moved == {"quantizer"}
 
 
 def test_overfits_one_image(tmp_path):
-    trained(tmp_path, steps=40, records=1, images=1)
+    weights_after(tmp_path, steps=40, records=1, images=1)
     first, last = log_of(tmp_path)
     assert last["rec_loss"] < 0.15 * first["rec_loss"]
 
@@ -266,39 +325,41 @@ class Stopped(Exception):
 def test_stopped_and_resumed_equals_straight_through(tmp_path, monkeypatch):
     """Across the adversary's start, code renewal and the log; the stop comes right after step 4's state."""
     options = dict(steps=8, disc_start=2, renew_every=2, save_every=4, log_every=1)
-    straight = trained(tmp_path / "a", **options)
+    straight = weights_after(tmp_path / "a", **options)
 
-    def save_and_stop(*args, **figures):
-        save_state(*args, **figures)
+    def save_and_stop(*args, **progress):
+        save_state(*args, **progress)
         raise Stopped
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(program, "save_state", save_and_stop)
-        trained(tmp_path / "b", **options)
+        weights_after(tmp_path / "b", **options)
     assert not (tmp_path / "b" / "vqgan").exists()
     torch.randn(7)                                    # another process would be elsewhere in its chance
-    resumed = trained(tmp_path / "b", resume=True, **options)
+    resumed = weights_after(tmp_path / "b", resume=True, **options)
     assert all(torch.equal(resumed[k], straight[k]) for k in straight)
     assert log_of(tmp_path / "b") == log_of(tmp_path / "a")
     assert log_of(tmp_path / "a")[-1]["d_loss"] > 0
 
 
 def test_adversary_joins_at_its_step(tmp_path):
-    trained(tmp_path, steps=3, disc_start=1, log_every=1)
+    weights_after(tmp_path, steps=3, disc_start=1, log_every=1)
     assert [line["d_loss"] > 0 and line["d_weight"] > 0 for line in log_of(tmp_path)] == [False, True, True]
 
 
 def test_discriminator_learns_from_its_start_on(tmp_path):
     discs = []
     for steps in (1, 2, 3):
-        trained(tmp_path, steps=steps, disc_start=2)
+        weights_after(tmp_path, steps=steps, disc_start=2)
         discs.append(read_tensors(tmp_path / "vqgan" / "state.safetensors")["model.1.last.weight"])
     assert torch.equal(discs[0], discs[1]) and not torch.equal(discs[1], discs[2])
 
 
 def test_idle_counts_the_steps_since_a_code_was_used(tmp_path):
-    """After 3 steps of 64 places for 64 codes: some were used in the last, some never."""
-    idle = trained(tmp_path, steps=3)["quantizer.idle"]
-    assert idle.min() == 0 and idle.max() == 3
+    """After 3 steps of as many places as codes: some were used in the last, some never."""
+    cfg = config(tmp_path, steps=3)
+    assert cfg.batch_size * VQGANConfig(cfg.image_size, widths=program.WIDTHS[cfg.preset]).grid ** 2 == cfg.codebook_size
+    idle = weights_after(tmp_path, steps=cfg.steps)["quantizer.idle"]
+    assert idle.min() == 0 and idle.max() == cfg.steps
 
 
 def test_wrong_size_ends_the_program_with_one_line(tmp_path, monkeypatch, capsys):
