@@ -272,7 +272,7 @@ def objective_loss(ratios, keep, cfg):
 # ---- The lesson: pairs, built once, in out/pairs, for every objective ----------------------------
 
 
-# build_pairs -> least_noticed, with --candidates -> reports of the SFT model (add_missing) -> take_sides -> sides_differ
+# build_pairs -> least_noticed, with --candidates -> reports of the SFT model (add_missing) -> set_responses -> pairs_that_count
 
 
 @dataclass
@@ -291,7 +291,7 @@ class Pair:
     proposals: np.ndarray | None = None     # (k, N) masks of the structure that the SFT model drew
     scores: np.ndarray | None = None        # (2, k) their Dice with each other, which ranks them, and with the true mask,
                                             # which shows whoever reads the file how well it does
-    # what one run takes of all this (take_sides)
+    # what one run takes of all this (set_responses)
     wording: int = 0             # which of the three ways to ask
     rejected: str = ""           # the rejected report
     masks: tuple = ()            # chosen and rejected codes
@@ -381,7 +381,7 @@ def sample_reports(pairs, writer, model, vocab, cfg, seed):
     return texts
 
 
-def take_sides(pairs, cfg):
+def set_responses(pairs, cfg):
     """Set what this run takes of each pair: its wording, its rejected report and, for rndpo, two masks.
 
     A share of cfg.flip_pairs is swapped, as in noisy data: NLL, anchor and drawing prompts follow the swapped sides."""
@@ -397,7 +397,7 @@ def take_sides(pairs, cfg):
             pair.chosen, pair.rejected, pair.masks = pair.rejected, pair.chosen, pair.masks[::-1]
 
 
-def sides_differ(pairs, cfg, phrases):
+def pairs_that_count(pairs, cfg, phrases):
     """Which pairs count, {contrast: (n,) bool}: those whose two sides state something else, or differ in a code.
 
     Raises UserError for a contrast without any such pair."""
@@ -442,7 +442,7 @@ def pair_batch(pairs, indices, sequences, vocab, device):
     return ids.unflatten(0, (len(sequences), -1)), labels.unflatten(0, (len(sequences), -1))
 
 
-def score(model, ids, labels, sequences):
+def sum_logps(model, ids, labels, sequences):
     """log π of a batch that pair_batch made: {sequence: Sums}."""
     logps = per_token_logps(model, ids.flatten(0, 1), labels.flatten(0, 1)).unflatten(0, ids.shape[:2])   # (S, B, T-1)
     ids, counted = ids[..., 1:], labels[..., 1:] != -100
@@ -457,20 +457,21 @@ def score(model, ids, labels, sequences):
 
 
 @torch.no_grad()
-def reference_logps(model, pairs, sequences, vocab, cfg, autocast):
+def sum_reference_logps(model, pairs, sequences, vocab, cfg, autocast):
     """log π_ref of every pair, {sequence: Sums of (n,)}; once, before the loop."""
     chunks = []
     for start in tqdm(range(0, len(pairs), cfg.batch_size), desc="reference", unit="batch", leave=False):
         indices = range(start, min(start + cfg.batch_size, len(pairs)))
         with autocast():
-            chunks.append(score(model, *pair_batch(pairs, indices, sequences, vocab, model.device), sequences))
+            chunks.append(sum_logps(model, *pair_batch(pairs, indices, sequences, vocab, model.device), sequences))
     return {s: Sums(*(torch.cat(parts) for parts in zip(*(chunk[s] for chunk in chunks)))) for s in sequences}
 
 
-def log_ratios(policy, reference, indices):
-    """log π_θ − log π_ref of a batch, {sequence: Sums}: policy's Sums of the batch, reference's of all pairs."""
-    return {s: v._replace(whole=v.whole - reference[s].whole[indices], omega=v.omega - reference[s].omega[indices])
-            for s, v in policy.items()}
+def log_ratios(policy_sums, reference_sums, indices):
+    """log π_θ − log π_ref of a batch, {sequence: Sums}: the policy's Sums are of the batch, the reference's of all pairs."""
+    return {name: sums._replace(whole=sums.whole - reference_sums[name].whole[indices],
+                                omega=sums.omega - reference_sums[name].omega[indices])
+            for name, sums in policy_sums.items()}
 
 
 # ---- The lesson: training ------------------------------------------------------------------------
@@ -496,7 +497,7 @@ def pick_pairs(pairs, cfg, step):
     return pool[batch_indices(len(pool), cfg.batch_size, step, cfg.seed)]
 
 
-def contrast_metrics(ratios, policy, contrasts, cfg):
+def contrast_metrics(ratios, policy_sums, contrasts, cfg):
     """TRL's log names for each contrast: rewards_text/margins, logps_image/chosen, …
 
     Rewards are those of whole sequences, also where a margin is one a code of Ω (cfg.normalise)."""
@@ -506,7 +507,7 @@ def contrast_metrics(ratios, policy, contrasts, cfg):
         values = {f"rewards_{name}/chosen": cfg.beta * ratios[chosen].whole,
                   f"rewards_{name}/rejected": cfg.beta * ratios[rejected].whole,
                   f"rewards_{name}/margins": contrast.margin, f"rewards_{name}/accuracies": (contrast.margin > 0).float(),
-                  f"logps_{name}/chosen": policy[chosen].whole, f"logps_{name}/rejected": policy[rejected].whole}
+                  f"logps_{name}/chosen": policy_sums[chosen].whole, f"logps_{name}/rejected": policy_sums[rejected].whole}
         result |= {k: masked_mean(v.detach(), contrast.keep) for k, v in values.items()}
     return result
 
@@ -519,13 +520,14 @@ def train(cfg):
     data = open_data(cfg)
     phrases, sequences = lexicon(data["train"]), sequences_of(cfg)
     pairs = load_or_build_pairs(cfg, data["train"], phrases, vqgan, model, vocab, autocast)
-    take_sides(pairs, cfg)
-    keep = {k: torch.tensor(v, device=device).float() for k, v in sides_differ(pairs, cfg, phrases).items()}
+    set_responses(pairs, cfg)
+    keep = {k: torch.tensor(v, device=device).float() for k, v in pairs_that_count(pairs, cfg, phrases).items()}
     studies = encode_records([data["train"][int(i)] for i in spread_indices(len(data["train"]), cfg.rehearsal_records)],
                              vqgan, cfg.seed, autocast, "encoding rehearsal")
     studies = [s for s in studies if any(REHEARSAL[t] > 0 for t in s.tasks)]
     # all that is needed of the reference, so no second model: from here on this one is the policy
-    reference, sft_hash = reference_logps(model, pairs, sequences, vocab, cfg, autocast), weights_hash(model)
+    reference_sums = sum_reference_logps(model, pairs, sequences, vocab, cfg, autocast)
+    sft_hash = weights_hash(model)
     adapter = add_lora(model, cfg, Path(cfg.out) / "sft") if cfg.lora_rank else None
     model.train()
     trained = trained_parameters(model)
@@ -540,18 +542,18 @@ def train(cfg):
         torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike
         indices = torch.as_tensor(pick_pairs(pairs, cfg, step), device=device)
         with autocast():
-            policy = score(model, *pair_batch(pairs, indices.tolist(), sequences, vocab, device), sequences)
+            policy_sums = sum_logps(model, *pair_batch(pairs, indices.tolist(), sequences, vocab, device), sequences)
             rehearsal = response_loss(model, *rehearsal_batch(studies, cfg, vocab, step, device))
-        ratios = log_ratios(policy, reference, indices)
+        ratios = log_ratios(policy_sums, reference_sums, indices)
         preference, terms, contrasts = objective_loss(ratios, {k: v[indices] for k, v in keep.items()}, cfg)
-        nll = -sum(policy[k].whole.sum() for k in CHOSEN) / sum(policy[k].tokens.sum() for k in CHOSEN)
+        nll = -sum(policy_sums[k].whole.sum() for k in CHOSEN) / sum(policy_sums[k].tokens.sum() for k in CHOSEN)
         loss = preference + cfg.sft_weight * nll + cfg.rehearsal_weight * rehearsal
         grad_norm = take_step(loss, trained, optimizers, clip=1.0)
 
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
             logged = {"nll_loss": nll, "rehearsal_loss": rehearsal, **{f"loss_{k}": v for k, v in terms.items()},
                       **{f"drift/{k}": ratios[k].whole.mean() for k in CHOSEN},
-                      **contrast_metrics(ratios, policy, contrasts, cfg)}
+                      **contrast_metrics(ratios, policy_sums, contrasts, cfg)}
             log(step, ("loss", *(f"rewards_{k}/margins" for k in contrasts)), loss=loss.detach(), grad_norm=grad_norm,
                 lr=optimizers[-1].param_groups[0]["lr"], **{k: v.detach() for k, v in logged.items()})
         log.bar.update()
@@ -699,8 +701,8 @@ def load_or_build_pairs(cfg, records, phrases, vqgan, model, vocab, autocast):
     else:
         region = lambda record: key_region(record, model, vocab, vqgan, autocast)
         pairs = build_pairs(records, cfg, vqgan, region, autocast)
-        if cfg.candidates > 1:                              # all in wording 0, until take_sides draws it
-            logps = reference_logps(model, pairs, ("text_distorted",), vocab, cfg, autocast)["text_distorted"]
+        if cfg.candidates > 1:                              # all in wording 0, until set_responses draws it
+            logps = sum_reference_logps(model, pairs, ("text_distorted",), vocab, cfg, autocast)["text_distorted"]
             pairs = least_noticed(pairs, logps.whole)
             tqdm.write(f"of these kept, the least noticed of each record: {count_kinds(pairs)}")
     with autocast():

@@ -126,7 +126,7 @@ def score_findings(stated, records, bootstrap, have=True):
               "f1": bootstrap(2 * column("right"), column("stated") + column("true")),
               "laterality": bootstrap(column("laterality"), column("stated")),
               "exact": bootstrap(column("exact"), np.ones(len(records)) * have)}
-    asked, told = companions(stated, records)
+    asked, told = count_companions(stated, records)
     if asked.any():
         result["companion"] = bootstrap(told, asked)
     return result
@@ -141,7 +141,7 @@ def triggers_of(record):
     return [(trigger, c, (c.name, c.side) in true) for trigger, c in found]
 
 
-def companions(stated, records):
+def count_companions(stated, records):
     """Per record: triggers shown without their companion, and how many of these companions are stated."""
     asked, told = np.zeros(len(records)), np.zeros(len(records))
     for i, (said, record) in enumerate(zip(stated, records)):
@@ -197,7 +197,7 @@ def evaluate_reconstruction(vqgan, bench, autocast):
     if bench.reader is None:
         return result
     for name, pixels in (("original", x), ("reconstructed", x_rec)):
-        findings, labels, _ = read_drawings(bench.reader, pixels, autocast)
+        findings, labels, _ = see_findings(bench.reader, pixels, autocast)
         if bench.known:
             result[f"reconstruction/reader_f1_{name}"] = score_findings(findings, bench.records, bench.bootstrap)["f1"]
             for finding in sorted(bench.phrases):
@@ -246,7 +246,7 @@ def evaluate_drawings(model, vocab, vqgan, bench, autocast, guidance):
     if not have.any() or bench.reader is None:
         return {}
     drawn = draw_images(model, vocab, vqgan, [r.text for r in bench.records], guidance, **decoding_of(cfg, cfg.temperature))
-    findings, labels, features = read_drawings(bench.reader, drawn, autocast)
+    findings, labels, features = see_findings(bench.reader, drawn, autocast)
     result = score_terms(labels, bench, have)
     if bench.known:
         scores = score_findings(findings, bench.records, bench.bootstrap, have)
@@ -254,7 +254,7 @@ def evaluate_drawings(model, vocab, vqgan, bench, autocast, guidance):
         result |= {"f1": scores["f1"], "extra": scores["chair_i"],
                    "missing": Metric(1 - recall.value, 1 - recall.resampled, recall.n)}
     if have.sum() > 1:
-        real = read_drawings(bench.reader, bench.pixels, autocast)[2]
+        real = see_findings(bench.reader, bench.pixels, autocast)[2]
         result["frechet"] = Metric(frechet(features[have], real[have]), np.array([]), int(have.sum()))
     return {f"generate/cfg{guidance:g}/{k}": m for k, m in result.items()}
 
@@ -280,7 +280,7 @@ def evaluate_answers(model, vocab, bench):
 
 
 def evaluate_companions(model, vocab, bench):
-    """The habit, asked for: of the triggers whose companion's finding is there on neither side (`companions` counts
+    """The habit, asked for: of the triggers whose companion's finding is there on neither side (`count_companions` counts
     the wrong side as absent), the share for which "Is there a pleural effusion?" is answered with yes."""
     cases = [(i, ask_whether(MODALITIES[r.spec.modality][c.name], 0)) for i, r in enumerate(bench.records)
              for _, c, _ in triggers_of(r) if c.name not in {f.name for f in r.findings}]
@@ -386,7 +386,7 @@ def load_reader(data, cfg, device, autocast):
 
 
 @torch.no_grad()
-def read_drawings(reader, x, autocast):
+def see_findings(reader, x, autocast):
     """What the finding reader sees in images (n, C, H, W): findings a tuple each, all labels a set each, features."""
     with autocast():
         logits, features = (torch.cat(t).float() for t in zip(*(reader(b) for b in x.split(256))))
@@ -532,7 +532,7 @@ def tile(pixels, size):
 
 def worth_showing(bench, n):
     """n records to show: first those that tempt to state a companion, then those with several findings."""
-    tempting = companions([()] * len(bench.records), bench.records)[0]
+    tempting = count_companions([()] * len(bench.records), bench.records)[0]
     order = sorted(range(len(bench.records)), key=lambda i: -len(bench.records[i].findings or ()))
     first = [i for i in order if tempting[i]][:n - n // 3]
     return (first + [i for i in order if i not in first])[:n]

@@ -330,7 +330,7 @@ def table(results):
 
 def main(argv=None):
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("folder", metavar="OUT", type=Path, nargs="?", help="folder whose captions are scored")
     task.add_argument("--base", type=Path, help="folder whose vqgan and sft are adapted")

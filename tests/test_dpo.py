@@ -41,8 +41,8 @@ def config(objective, *flags):
 
 def sided(pairs, cfg):
     """The pairs with their sides taken, and which of them count."""
-    dpo.take_sides(pairs, cfg)
-    return pairs, dpo.sides_differ(pairs, cfg, PHRASES)
+    dpo.set_responses(pairs, cfg)
+    return pairs, dpo.pairs_that_count(pairs, cfg, PHRASES)
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_score_sums_responses_and_the_codes_that_differ(model):
     pairs, _ = sided(make_pairs(), config("rndpo"))
     ids, labels = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
     assert ids.shape[:2] == labels.shape[:2] == (len(names), 2)
-    found = dpo.score(model, ids, labels, names)
+    found = dpo.sum_logps(model, ids, labels, names)
     for i, name in enumerate(names):
         torch.testing.assert_close(found[name].whole, sequence_logps(model, ids[i], labels[i]))
     row = names.index("image_chosen")
@@ -223,7 +223,7 @@ def test_score_sums_responses_and_the_codes_that_differ(model):
     # masks: 1 1 1 1 over 5 1 1 6; the pair without masks compares its image with itself
     assert mask.omega_tokens.tolist() == [2, 0]
     # what is compared with nothing code by code: all its tokens
-    alone = dpo.score(model, ids[row:row + 1], labels[row:row + 1], ("image_chosen",))["image_chosen"]
+    alone = dpo.sum_logps(model, ids[row:row + 1], labels[row:row + 1], ("image_chosen",))["image_chosen"]
     for whole in (text, alone):
         assert torch.equal(whole.omega, whole.whole) and torch.equal(whole.omega_tokens, whole.tokens)
 
@@ -277,9 +277,9 @@ def test_log_ratios_are_zero_at_step_0(model):
     """The reference's numbers, made before the loop in order, are the policy's in any batch."""
     cfg = config("rndpo", "--batch-size", "1")
     (pairs, _), names = sided(make_pairs(), cfg), dpo.sequences_of(cfg)
-    reference = dpo.reference_logps(model, pairs, names, VOCAB, cfg, contextlib.nullcontext)
+    reference = dpo.sum_reference_logps(model, pairs, names, VOCAB, cfg, contextlib.nullcontext)
     assert not any(r.whole.requires_grad for r in reference.values())
-    policy = dpo.score(model, *dpo.pair_batch(pairs, [1, 0], names, VOCAB, "cpu"), names)
+    policy = dpo.sum_logps(model, *dpo.pair_batch(pairs, [1, 0], names, VOCAB, "cpu"), names)
     for name, ratio in dpo.log_ratios(policy, reference, torch.tensor([1, 0])).items():
         for v in (ratio.whole, ratio.omega):
             torch.testing.assert_close(v, torch.zeros(2), atol=1e-4, rtol=0)
@@ -291,11 +291,11 @@ def test_margins_grow_on_one_batch_in_every_contrast(model, objective):
     cfg = config(objective)
     (pairs, keep), names = sided(make_pairs(), cfg), dpo.sequences_of(cfg)
     keep = {k: torch.tensor(v).float() for k, v in keep.items()}
-    reference = dpo.reference_logps(model, pairs, names, VOCAB, cfg, contextlib.nullcontext)
+    reference = dpo.sum_reference_logps(model, pairs, names, VOCAB, cfg, contextlib.nullcontext)
     batch = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(20):
-        ratios = dpo.log_ratios(dpo.score(model, *batch, names), reference, torch.arange(2))
+        ratios = dpo.log_ratios(dpo.sum_logps(model, *batch, names), reference, torch.arange(2))
         loss, _, contrasts = dpo.objective_loss(ratios, keep, cfg)
         optimizer.zero_grad()
         loss.backward()
@@ -403,7 +403,7 @@ def test_which_reports_count_as_rejected():
 def test_wordings_differ_between_pairs_and_are_drawn_from_the_seed():
     def wordings(*flags):
         pairs = [p for _ in range(20) for p in make_pairs()]
-        dpo.take_sides(pairs, config(*flags))
+        dpo.set_responses(pairs, config(*flags))
         return [p.wording for p in pairs]
     one = wordings("dpo", "--seed", "1")
     assert one == wordings("bidpo", "--seed", "1") != wordings("dpo", "--seed", "2")
@@ -432,7 +432,7 @@ def test_masks_are_ranked_by_their_agreement_not_by_the_truth():
 def test_a_flipped_pair_has_chosen_and_rejected_swapped():
     plain, flipped, half = make_pairs(), make_pairs(), [p for _ in range(500) for p in make_pairs()]
     for pairs, share in ((plain, "0"), (flipped, "1"), (half, "0.3")):
-        dpo.take_sides(pairs, config("rndpo", "--flip-pairs", share))
+        dpo.set_responses(pairs, config("rndpo", "--flip-pairs", share))
     for one, two in zip(plain, flipped):
         assert (one.chosen, one.rejected) == (two.rejected, two.chosen)
         assert all((a == b).all() for a, b in zip(one.masks, two.masks[::-1]))
@@ -651,9 +651,9 @@ def test_another_recipe_builds_other_pairs(out):
 
 def test_candidates_leave_one_pair_a_record_by_its_report_on_the_distorted_image(out, monkeypatch):
     """All candidates are asked with one wording: else the wording decides, and not the image."""
-    plain, asked, real = rows_of(out), [], dpo.reference_logps
+    plain, asked, real = rows_of(out), [], dpo.sum_reference_logps
     spy = lambda model, pairs, *more: asked.append((more[0], {p.wording for p in pairs})) or real(model, pairs, *more)
-    monkeypatch.setattr(dpo, "reference_logps", spy)
+    monkeypatch.setattr(dpo, "sum_reference_logps", spy)
     run(out, "--steps", "1", "--objective", "dpo", "--candidates", "3")
     assert asked == [(("text_distorted",), {0}), (dpo.sequences_of(config("dpo")), {0, 1, 2})]
     hard = rows_of(out)

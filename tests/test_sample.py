@@ -111,7 +111,7 @@ def test_records_that_are_left_out_count_nowhere():
 def test_companion_hallucination_counts_triggers_without_their_companion():
     """Of three enlarged hearts one has its effusion; of the other two one report invents it."""
     stated, records = [(H, E), (H, E), (H,)], [record(H, E), record(H), record(H)]
-    asked, told = sample.companions(stated, records)
+    asked, told = sample.count_companions(stated, records)
     assert asked.tolist() == [0, 1, 1] and told.tolist() == [0, 1, 0]
     assert scores(stated, records)["companion"] == 0.5 and "companion" not in scores([(H, E)], [record(H, E)])
     assert sample.triggers_of(replace(record(H), spec=None)) == []
@@ -183,7 +183,7 @@ def test_a_reader_learns_the_labels_of_phantoms(tmp_path, monkeypatch):
     records, device = list(Phantoms("reader", 120, 0, 0.0, 16)), torch.device("cpu")
     load = lambda **changes: sample.load_reader({"train": records}, replace(cfg, **changes), device, autocast)
     reader = load()
-    _, labels, features = sample.read_drawings(reader, to_pixels(stack([r.image for r in records], 1)), autocast)
+    _, labels, features = sample.see_findings(reader, to_pixels(stack([r.image for r in records], 1)), autocast)
     assert np.mean([f"modality:{r.modality}" in row for r, row in zip(records, labels)]) > 0.9
     assert features.shape == (len(records), reader.last.in_features)
     trained, train = [], sample.train_reader
@@ -203,7 +203,7 @@ def test_what_a_reader_sees_are_findings_and_labels():
     reader.labels = labels
     x = torch.ones(300, 1, 2, 2)
     x[299, 0, 0] = torch.tensor([-1.0, 0.0])
-    findings, seen, features = sample.read_drawings(reader, x, autocast)
+    findings, seen, features = sample.see_findings(reader, x, autocast)
     assert findings == [(H,)] * 299 + [(E,)] and seen == [{labels[0], labels[2]}] * 299 + [{labels[1]}]
     assert torch.equal(features, x.flatten(1))
     record = SimpleNamespace(findings=(H, E), modality="MRI", body_part="")
