@@ -63,7 +63,7 @@ from data import DISTORTIONS, add_noise, check_data, data_name, distort, lexicon
 from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, cli, config_for, finish_stage, get_lr,
                    init_run, make_optimizers, per_token_logps, read_tensors, run, run_flags, save_state, save_tuned,
                    sequence_logps, set_lr, take_step, trained_parameters, weights_hash)
-from sft import (INSTRUCTIONS, collate, dice, draw_masks, encode_records, load_gpt, load_vqgan, make_example, pick_task,
+from sft import (collate, dice, draw_masks, encode_records, load_gpt, load_vqgan, make_example, pick_task,
                  response_loss, sample_words)
 from vqgan import encode_images
 
@@ -305,10 +305,10 @@ def scrambled(pair):
 # What the SFT model is shown when it writes a rejected report. Without the image it can only follow the habits of language,
 # without the question only what it likes to say of images (NaPO's two biases). For "without the image" the image is
 # scrambled: a model that has never met a prompt without any image answers it with scrambled words, which teach nothing.
-WRITERS = {"distorted": lambda p, vocab, instruction: vocab.read_prompt(p.distorted, instruction),
-           "own": lambda p, vocab, instruction: vocab.read_prompt(p.codes, instruction),
-           "scrambled": lambda p, vocab, instruction: vocab.read_prompt(scrambled(p), instruction),
-           "no-question": lambda p, vocab, instruction: vocab.read_prompt(p.codes, "")}
+WRITERS = {"distorted": lambda p, vocab: vocab.report_prompt(p.distorted),
+           "own": lambda p, vocab: vocab.report_prompt(p.codes),
+           "scrambled": lambda p, vocab: vocab.report_prompt(scrambled(p)),
+           "no-question": lambda p, vocab: vocab.ask_prompt(p.codes, "")}
 BIASED = {"language": "scrambled", "vision": "no-question"}      # contrast: which of these gives its rejected report
 
 
@@ -376,7 +376,7 @@ def sample_reports(pairs, writer, model, vocab, cfg, seed):
     """What the SFT model writes, sampled from one of WRITERS' prompts for each pair: a list of strings."""
     texts = []
     for start in tqdm(range(0, len(pairs), 256), desc=f"reports, {writer}", unit="batch", leave=False):
-        prompts = [WRITERS[writer](p, vocab, INSTRUCTIONS["report"][0]) for p in pairs[start:start + 256]]
+        prompts = [WRITERS[writer](p, vocab) for p in pairs[start:start + 256]]
         texts += sample_words(model, vocab, prompts, cfg.pair_temperature, seed + start)
     return texts
 
@@ -427,12 +427,10 @@ def pair_example(pair, sequence, vocab):
     """(prompt ids, response ids) of one of the SEQUENCES of a pair."""
     task, shown, response = SEQUENCES[sequence](pair)
     if task == "report":
-        return vocab.read_prompt(shown, INSTRUCTIONS["report"][pair.wording]), vocab.text_response(response)
+        return vocab.report_prompt(shown, pair.wording), vocab.text_response(response)
     if task == "generate":
-        prompt = vocab.draw_prompt(INSTRUCTIONS["generate"][pair.wording].format(shown))
-    else:
-        prompt = vocab.segment_prompt(shown, pair.structure, pair.wording)
-    return prompt, vocab.image_response(response)
+        return vocab.generate_prompt(shown, pair.wording), vocab.image_response(response)
+    return vocab.segment_prompt(shown, pair.structure, pair.wording), vocab.image_response(response)
 
 
 def pair_batch(pairs, indices, sequences, vocab, device):
@@ -582,7 +580,7 @@ def key_region(record, model, vocab, vqgan, autocast):
     blocks = lambda h, w: (np.arange(h)[:, None] * 4 // h) * 4 + np.arange(w) * 4 // w        # (h, w) of 0..15
     hidden = [np.where(blocks(side, side).ravel() == b, noise, codes) for b in range(16)]
     response = vocab.text_response(record.text)
-    examples = [(vocab.read_prompt(c, INSTRUCTIONS["report"][0]), response) for c in (codes, *hidden)]
+    examples = [(vocab.report_prompt(c), response) for c in (codes, *hidden)]
     with autocast():
         logps = sequence_logps(model, *collate(examples, vocab.pad, model.device))
     cost = (logps[0] - logps[1:]).cpu().numpy()

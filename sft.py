@@ -128,17 +128,22 @@ class Vocabulary:
         """Ids of an image back to codes."""
         return [i - self.image_start for i in ids]
 
-    def read_prompt(self, codes, words):
-        """Prompt of report and ask: <bos> <image> codes </image> words."""
-        return [self.bos, self.boi, *self.codes_to_ids(codes), self.eoi, *self.encode_text(words)]
+    def report_prompt(self, codes, wording=0):
+        """The image and one of three ways to ask for a report."""
+        return self.ask_prompt(codes, INSTRUCTIONS["report"][wording])
 
-    def draw_prompt(self, words):
-        """Prompt of generate: <bos> words <image>; without words the unconditional prompt of guidance."""
-        return [self.bos, *self.encode_text(words), self.boi]
+    def ask_prompt(self, codes, question):
+        """<bos> <image> codes </image> question."""
+        return [self.bos, self.boi, *self.codes_to_ids(codes), self.eoi, *self.encode_text(question)]
 
     def segment_prompt(self, codes, structure, wording=0):
-        """Prompt of segment: the image, the structure's name, then the mask's <image>."""
-        return [*self.read_prompt(codes, INSTRUCTIONS["segment"][wording].format(structure)), self.boi]
+        """The image, the structure's name, then the mask's <image>."""
+        return [*self.ask_prompt(codes, INSTRUCTIONS["segment"][wording].format(structure)), self.boi]
+
+    def generate_prompt(self, text, wording=0):
+        """<bos> instruction and text <image>; without a text <bos> <image>, the unconditional prompt of guidance."""
+        words = INSTRUCTIONS["generate"][wording].format(text) if text else ""
+        return [self.bos, *self.encode_text(words), self.boi]
 
     def text_response(self, text):
         """A response in words: its tokens and <eos>."""
@@ -183,12 +188,12 @@ def sample_codes(model, vocab, prompts, n_codes, temperature=0.0, seed=0, **opti
 
 def write_reports(model, vocab, codes, **options):
     """Image -> report: n strings."""
-    return sample_words(model, vocab, [vocab.read_prompt(c, INSTRUCTIONS["report"][0]) for c in codes], **options)
+    return sample_words(model, vocab, [vocab.report_prompt(c) for c in codes], **options)
 
 
 def write_answers(model, vocab, codes, questions, **options):
     """Image and question -> answer, one question an image: n strings."""
-    return sample_words(model, vocab, [vocab.read_prompt(c, q) for c, q in zip(codes, questions)], **options)
+    return sample_words(model, vocab, [vocab.ask_prompt(c, q) for c, q in zip(codes, questions)], **options)
 
 
 def draw_masks(model, vocab, vqgan, codes, structures, **options):
@@ -200,9 +205,9 @@ def draw_masks(model, vocab, vqgan, codes, structures, **options):
 
 def draw_images(model, vocab, vqgan, texts, guidance=1.0, **options):
     """Report -> image: n strings to images (n, C, H, W) in [-1, 1], each from exactly h·w codes."""
-    prompts = [vocab.draw_prompt(INSTRUCTIONS["generate"][0].format(t)) for t in texts]
+    prompts = [vocab.generate_prompt(t) for t in texts]
     return vqgan.decode(sample_codes(model, vocab, prompts, vqgan.config.grid ** 2, guidance=guidance,
-                                     unconditional=[vocab.draw_prompt("")] * len(texts), **options))
+                                     unconditional=[vocab.generate_prompt("")] * len(texts), **options))
 
 
 def dice(a, b):
@@ -251,14 +256,13 @@ def make_example(study, task, vocab, rng, empty_share=0.0):
     """(prompt ids, response ids) of one task on one study, wordings drawn from rng."""
     wording = rng.integers(3)
     if task == "report":
-        return vocab.read_prompt(study.codes, INSTRUCTIONS["report"][wording]), vocab.text_response(study.text)
+        return vocab.report_prompt(study.codes, wording), vocab.text_response(study.text)
     if task == "generate":
         emptied = rng.random() < empty_share
-        prompt = vocab.draw_prompt("" if emptied else INSTRUCTIONS["generate"][wording].format(study.text))
-        return prompt, vocab.image_response(study.codes)
+        return vocab.generate_prompt("" if emptied else study.text, wording), vocab.image_response(study.codes)
     if task == "ask":
         question, answer = study.questions[rng.integers(len(study.questions))]
-        return vocab.read_prompt(study.codes, question), vocab.text_response(answer)
+        return vocab.ask_prompt(study.codes, question), vocab.text_response(answer)
     structure, mask = study.masks[rng.integers(len(study.masks))]
     return vocab.segment_prompt(study.codes, structure, wording), vocab.image_response(mask)
 

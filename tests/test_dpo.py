@@ -249,8 +249,8 @@ def test_what_each_sequence_holds(wording):
     pair = make_pairs()[0]
     pair.rejected, pair.masks, pair.wording = "Normal.", (pair.proposals[0], pair.proposals[2]), wording
     made = {name: dpo.pair_example(pair, name, VOCAB) for name in dpo.SEQUENCES}
-    on_genuine, on_distorted = (VOCAB.read_prompt(c, INSTRUCTIONS["report"][wording]) for c in (pair.codes, pair.distorted))
-    draw = VOCAB.draw_prompt(INSTRUCTIONS["generate"][wording].format(pair.chosen))
+    on_genuine, on_distorted = (VOCAB.ask_prompt(c, INSTRUCTIONS["report"][wording]) for c in (pair.codes, pair.distorted))
+    draw = [VOCAB.bos, *VOCAB.encode_text(INSTRUCTIONS["generate"][wording].format(pair.chosen)), VOCAB.boi]
     segment = VOCAB.segment_prompt(pair.codes, "heart", wording)
     words, codes = VOCAB.text_response, VOCAB.image_response
     assert made == {"text_chosen": (on_genuine, words("Enlarged heart.")), "text_rejected": (on_genuine, words("Normal.")),
@@ -524,10 +524,10 @@ def test_the_curriculum_goes_from_easy_to_hard():
 
 def test_each_writer_sees_what_it_should():
     pair = make_pairs()[0]
-    seen = {w: prompt(pair, VOCAB, "Describe.") for w, prompt in dpo.WRITERS.items()}
-    ask = VOCAB.read_prompt
-    assert seen == {"own": ask(pair.codes, "Describe."), "distorted": ask(pair.distorted, "Describe."),
-                    "scrambled": ask(dpo.scrambled(pair), "Describe."), "no-question": ask(pair.codes, "")}
+    seen = {w: prompt(pair, VOCAB) for w, prompt in dpo.WRITERS.items()}
+    ask = lambda codes, words=INSTRUCTIONS["report"][0]: VOCAB.ask_prompt(codes, words)
+    assert seen == {"own": ask(pair.codes), "distorted": ask(pair.distorted),
+                    "scrambled": ask(dpo.scrambled(pair)), "no-question": ask(pair.codes, "")}
     assert sorted(dpo.scrambled(pair)) == sorted(pair.codes) and seen["scrambled"] != seen["own"]
 
 

@@ -18,7 +18,7 @@ import sft
 from conftest import figures_of
 from model import (GPT, Adapter, GPTConfig, LoRALinear, UserError, add_lora, folder_hash, generate, make_optimizers,
                    merged_state, read_tensors, save_adapter, save_tuned)
-from sft import INSTRUCTIONS, Vocabulary, extend_vocabulary, load_gpt
+from sft import Vocabulary, extend_vocabulary, load_gpt
 from vqgan import VQGAN
 
 TINY = ["--preset", "tiny", "--dtype", "float32"]
@@ -360,9 +360,9 @@ def test_stage_two_with_lora_stops_and_goes_on(trained, tmp_path, monkeypatch):
 
 def prompts_of(vocab, codes):
     """One prompt of each task."""
-    return {"report": vocab.read_prompt(codes, INSTRUCTIONS["report"][0]),
-            "ask": vocab.read_prompt(codes, "Is the heart large?"), "segment": vocab.segment_prompt(codes, "left lung"),
-            "generate": vocab.draw_prompt("Draw this: Left effusion.")}
+    return {"report": vocab.report_prompt(codes),
+            "ask": vocab.ask_prompt(codes, "Is the heart large?"), "segment": vocab.segment_prompt(codes, "left lung"),
+            "generate": vocab.generate_prompt("Left effusion.")}
 
 
 @pytest.mark.parametrize("name", ["sft", "bidpo"])

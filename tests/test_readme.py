@@ -272,7 +272,7 @@ def test_the_blocks_of_python_run_and_ask_as_a_model_was_taught(trained, monkeyp
     ids = Tokenizer.from_file("out/bidpo/tokenizer.json").encode(prompt, add_special_tokens=False).ids
     vocab, tokenizer = sft.Vocabulary.load("out/bidpo"), vqgan.VQGAN.from_pretrained("out/vqgan")
     codes = tokenizer.encode(vqgan.to_pixels(vqgan.stack([Phantoms("test", 1, bias=0)[0].image], 1)))[0].tolist()
-    assert ids == vocab.read_prompt(codes, sft.INSTRUCTIONS["report"][0])
+    assert ids == vocab.report_prompt(codes)
 
 
 def test_the_row_with_everything_in_it_is_read_whole(tmp_path):

@@ -135,11 +135,14 @@ def test_loading_a_missing_broken_or_foreign_tokenizer_is_a_user_error(tmp_path)
 
 def test_prompts_and_responses_by_hand(vocab):
     v, image = vocab, vocab.codes_to_ids([3, 1])
-    assert v.read_prompt([3, 1], "Why?") == [v.bos, v.boi, *image, v.eoi, *v.encode_text("Why?")]
-    assert v.draw_prompt("Left.") == [v.bos, *v.encode_text("Left."), v.boi]
-    assert v.draw_prompt("") == [v.bos, v.boi]
+    assert v.ask_prompt([3, 1], "Why?") == [v.bos, v.boi, *image, v.eoi, *v.encode_text("Why?")]
+    assert v.generate_prompt("") == [v.bos, v.boi]
+    for wording, words in enumerate(INSTRUCTIONS["report"]):
+        assert v.report_prompt([3, 1], wording) == v.ask_prompt([3, 1], words)
+    for wording, words in enumerate(INSTRUCTIONS["generate"]):
+        assert v.generate_prompt("Left.", wording) == [v.bos, *v.encode_text(words.format("Left.")), v.boi]
     for wording, words in enumerate(INSTRUCTIONS["segment"]):
-        assert v.segment_prompt([3, 1], "heart", wording) == [*v.read_prompt([3, 1], words.format("heart")), v.boi]
+        assert v.segment_prompt([3, 1], "heart", wording) == [*v.ask_prompt([3, 1], words.format("heart")), v.boi]
     assert v.segment_prompt([3, 1], "heart") == v.segment_prompt([3, 1], "heart", 0)
     assert v.text_response("Left.") == [*v.encode_text("Left."), v.eos]
     assert v.image_response([3, 1]) == [*image, v.eoi]
@@ -175,7 +178,7 @@ def asked(monkeypatch):
 def test_reports_are_words_after_the_first_instruction(asked):
     asked.answers = [VOCAB.encode_text("Left nodule."), []]
     assert sft.write_reports(asked.model, VOCAB, CODES, temperature=0.5, seed=3, top_k=2) == ["Left nodule.", ""]
-    assert asked.prompts == [VOCAB.read_prompt(c, INSTRUCTIONS["report"][0]) for c in CODES]
+    assert asked.prompts == [VOCAB.report_prompt(c) for c in CODES]
     assert (asked.allowed, asked.stop_id, asked.max_new_tokens) == (VOCAB.text_range, VOCAB.eos, MAX_TEXT)
     assert (asked.temperature, asked.seed, asked.top_k) == (0.5, 3, 2)
     sft.write_reports(asked.model, VOCAB, CODES)
@@ -185,7 +188,7 @@ def test_reports_are_words_after_the_first_instruction(asked):
 def test_each_image_has_its_own_question(asked):
     asked.answers = [VOCAB.encode_text("No."), VOCAB.encode_text("Left.")]
     assert sft.write_answers(asked.model, VOCAB, CODES, ["Is there a nodule?", "Where?"]) == ["No.", "Left."]
-    assert asked.prompts == [VOCAB.read_prompt(c, q) for c, q in zip(CODES, ("Is there a nodule?", "Where?"))]
+    assert asked.prompts == [VOCAB.ask_prompt(c, q) for c, q in zip(CODES, ("Is there a nodule?", "Where?"))]
 
 
 def test_a_mask_is_exactly_the_codes_of_an_image_and_white_where_it_is(asked):
@@ -202,8 +205,8 @@ def test_a_mask_is_exactly_the_codes_of_an_image_and_white_where_it_is(asked):
 def test_an_image_is_drawn_away_from_the_emptied_prompt(asked):
     asked.answers = [VOCAB.codes_to_ids(row) for row in ([8, 0, 0, 9], [0, 15, 0, 0])]
     images = sft.draw_images(asked.model, VOCAB, PLAIN, ["Left nodule.", "Normal."], guidance=3.0, temperature=0.5)
-    assert asked.prompts == [VOCAB.draw_prompt(INSTRUCTIONS["generate"][0].format(t)) for t in ("Left nodule.", "Normal.")]
-    assert asked.unconditional == [VOCAB.draw_prompt("")] * 2 and asked.guidance == 3.0 and asked.temperature == 0.5
+    assert asked.prompts == [VOCAB.generate_prompt(t) for t in ("Left nodule.", "Normal.")]
+    assert asked.unconditional == [VOCAB.generate_prompt("")] * 2 and asked.guidance == 3.0 and asked.temperature == 0.5
     assert (asked.allowed, asked.max_new_tokens) == (VOCAB.image_range, 4)
     assert images.shape == (2, 1, 2, 2) and images[0, 0].tolist() == [[1, -1], [-1, 1]]
 
@@ -237,18 +240,18 @@ def test_a_study_serves_only_the_tasks_that_it_has_data_for():
 
 def test_make_example_report():
     prompt, response = make_example(STUDY, "report", VOCAB, rng())
-    assert prompt in [VOCAB.read_prompt(range(9), words) for words in INSTRUCTIONS["report"]]
+    assert prompt in [VOCAB.report_prompt(range(9), wording) for wording in range(3)]
     assert response == VOCAB.text_response(STUDY.text)
 
 
 def test_make_example_generate():
     prompt, response = make_example(STUDY, "generate", VOCAB, rng())
-    assert prompt in [VOCAB.draw_prompt(words.format(STUDY.text)) for words in INSTRUCTIONS["generate"]]
+    assert prompt in [VOCAB.generate_prompt(STUDY.text, wording) for wording in range(3)]
     assert response == VOCAB.image_response(range(9))
 
 
 def test_make_example_ask():
-    assert make_example(STUDY, "ask", VOCAB, rng()) == (VOCAB.read_prompt(range(9), "Is there a nodule?"),
+    assert make_example(STUDY, "ask", VOCAB, rng()) == (VOCAB.ask_prompt(range(9), "Is there a nodule?"),
                                                         VOCAB.text_response("No."))
 
 
@@ -260,8 +263,8 @@ def test_make_example_segment():
 
 def test_emptied_generation_prompts_are_the_unconditional_prompt():
     for seed in range(5):
-        assert make_example(STUDY, "generate", VOCAB, rng(seed), empty_share=1.0)[0] == VOCAB.draw_prompt("")
-        assert make_example(STUDY, "report", VOCAB, rng(seed), empty_share=1.0)[0] != VOCAB.draw_prompt("")
+        assert make_example(STUDY, "generate", VOCAB, rng(seed), empty_share=1.0)[0] == VOCAB.generate_prompt("")
+        assert make_example(STUDY, "report", VOCAB, rng(seed), empty_share=1.0)[0] != VOCAB.generate_prompt("")
 
 
 @pytest.mark.parametrize("task", ["report", "generate", "segment"])
@@ -426,7 +429,7 @@ def test_no_task_left_is_refused(begin):
 def test_the_saved_folder_is_whole(trained):
     """Ids of the folder's own vocabulary, finite log-probabilities."""
     model, vocab = GPT.from_pretrained(trained / "sft"), Vocabulary.load(trained / "sft")
-    ids, labels = collate([(vocab.draw_prompt("Head CT."), vocab.image_response(range(16)))], vocab.pad)
+    ids, labels = collate([(vocab.generate_prompt("Head CT."), vocab.image_response(range(16)))], vocab.pad)
     assert model.config.vocab_size == vocab.size and torch.isfinite(per_token_logps(model, ids, labels)).all()
     assert (model.config.image_token_start, model.config.eos_token_id, model.config.pad_token_id) == \
         (vocab.image_start, vocab.eos, vocab.pad)
