@@ -114,6 +114,24 @@ def difference(a, b):
 # ---- The lesson: what is counted -----------------------------------------------------------------
 
 
+def triggers_of(record):
+    """(trigger, its companion, whether that is in the image) for each trigger in a phantom; none for files."""
+    if not record.spec:
+        return []
+    true = names_and_sides(record.findings)
+    found = [(f, COMPANIONS[f.name](f)) for f in record.findings if f.name in COMPANIONS]
+    return [(trigger, c, (c.name, c.side) in true) for trigger, c in found]
+
+
+def count_companions(stated, records):
+    """Per record, (n,) each: how many triggers are shown without their companion, how many of these companions are stated."""
+    absent, invented = np.zeros(len(records)), np.zeros(len(records))
+    for i, (said, record) in enumerate(zip(stated, records)):
+        missing = [(c.name, c.side) for _, c, there in triggers_of(record) if not there]
+        absent[i], invented[i] = len(missing), len(names_and_sides(said) & set(missing))
+    return absent, invented
+
+
 def score_findings(stated, records, bootstrap, have=True):
     """CHAIR, recall, F1 and their kin of stated findings (one tuple a record) against the records'.
 
@@ -126,28 +144,10 @@ def score_findings(stated, records, bootstrap, have=True):
               "f1": bootstrap(2 * column("right"), column("stated") + column("true")),
               "laterality": bootstrap(column("laterality"), column("stated")),
               "exact": bootstrap(column("exact"), np.ones(len(records)) * have)}
-    asked, told = count_companions(stated, records)
-    if asked.any():
-        result["companion"] = bootstrap(told, asked)
+    absent, invented = count_companions(stated, records)
+    if absent.any():
+        result["companion"] = bootstrap(invented, absent)
     return result
-
-
-def triggers_of(record):
-    """(trigger, its companion, whether that is in the image) for each trigger in a phantom; none for files."""
-    if not record.spec:
-        return []
-    true = names_and_sides(record.findings)
-    found = [(f, COMPANIONS[f.name](f)) for f in record.findings if f.name in COMPANIONS]
-    return [(trigger, c, (c.name, c.side) in true) for trigger, c in found]
-
-
-def count_companions(stated, records):
-    """Per record: triggers shown without their companion, and how many of these companions are stated."""
-    asked, told = np.zeros(len(records)), np.zeros(len(records))
-    for i, (said, record) in enumerate(zip(stated, records)):
-        absent = [(c.name, c.side) for _, c, there in triggers_of(record) if not there]
-        asked[i], told[i] = len(absent), len(names_and_sides(said) & set(absent))
-    return asked, told
 
 
 def frechet(a, b):
