@@ -456,7 +456,7 @@ def number_between(kind, least, most):
     """A parser of finite numbers for argparse, which names the flag before what is said here."""
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and least <= value and (most is None or value <= most)):
+        if not (least <= value < math.inf and (most is None or value <= most)):          # False of nan too
             span = f"of {least} or more" if most is None else f"from {least} to {most}"
             raise argparse.ArgumentTypeError(f"{text} is no number {span}")
         return value

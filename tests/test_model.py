@@ -333,9 +333,10 @@ def test_a_choice_is_one_of_those_that_exist(program, field, capsys):
     ("sft", "--seed", "0", "-1"), ("sft", "--bias", "1", "1.01"), ("sft", "--records", "1", "0"),
     ("sft", "--channels", "3", "2"), ("sft", "--preset", "base", "huge"), ("sft", "--dtype", "float32", "float16"),
     ("sft", "--lora-rank", "0", "-1"), ("sft", "--lora-dropout", "0.99", "1"), ("sft", "--lr", "0", "-0.001"),
-    ("sft", "--lora-targets", "up_proj", "c_attn"), ("sft", "--empty-share", "1", "1.01"), ("sft", "--text-vocab", "261", "260"),
-    ("vqgan", "--mask-share", "1", "1.01"), ("vqgan", "--disc-start", "0", "-1"), ("dpo", "--objective", "rndpo", "orpo"),
-    ("dpo", "--distort", "add", "twist"), ("dpo", "--strength", "1000", "1001"), ("dpo", "--rejected", "own", "judge"),
+    ("sft", "--lora-targets", "up_proj", "c_attn"), ("sft", "--empty-share", "1", "1.01"),
+    ("sft", "--text-vocab", "261", "260"), ("vqgan", "--mask-share", "1", "1.01"), ("vqgan", "--disc-start", "0", "-1"),
+    ("dpo", "--objective", "rndpo", "orpo"), ("dpo", "--distort", "add", "twist"),
+    ("dpo", "--strength", "1000", "1001"), ("dpo", "--rejected", "own", "judge"),
     ("dpo", "--flip-pairs", "1", "1.01"), ("dpo", "--proposals", "2", "1"), ("dpo", "--judge-noise", "1", "1.01"),
     ("dpo", "--mining", "random", "best"), ("dpo", "--q-min", "1e-6", "0"), ("dpo", "--q-max", "1", "1.01"),
     ("sample", "--n", "1", "0"), ("sample", "--top-k", "0", "-1"), ("sample", "--top-p", "1", "1.01")])
