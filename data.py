@@ -865,7 +865,9 @@ def data_name(cfg):
 def check_data(trained_on, cfg, folder):
     """Raise UserError if the model in `folder` was trained on other data than cfg names."""
     if trained_on != data_name(cfg):
-        flags = f"--{trained_on.split(' --')[1]}" if trained_on.startswith("phantoms") else f"--data {trained_on}"
+        flags = f"--data {trained_on}"
+        if trained_on.startswith("phantoms"):
+            flags = f"--{trained_on.split(' --')[1]}" + " and no --data" * bool(cfg.data)
         raise UserError(f"{folder} was trained on {trained_on}, not on {data_name(cfg)}: say {flags}, or name "
                         "another --out")
 

@@ -697,6 +697,9 @@ def load_or_build_pairs(cfg, records, phrases, vqgan, model, vocab, autocast):
         pairs = read_pairs(folder)
         tqdm.write(f"{len(pairs)} pairs from {folder}")
     else:
+        if folder.exists():
+            tqdm.write(f"{folder} was made with other flags or another SFT model: building it anew; what was trained on the "
+                       "old pairs stays as it is")
         region = lambda record: key_region(record, model, vocab, vqgan, autocast)
         pairs = build_pairs(records, cfg, vqgan, region, autocast)
         if cfg.candidates > 1:                              # all in wording 0, until set_responses draws it

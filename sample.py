@@ -507,7 +507,8 @@ def print_table(written, names, bench):
     show = lambda m: "-" if m is None or m["value"] is None else f"{m['value']:.3f}" if m["low"] is None \
         else f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]"
     print(f"\nimage tokenizer, n = {len(bench.records)}")
-    print("".join(f"  {k:<46}{show(m)}\n" for k, m in written["vqgan"].items()))
+    width = max(map(len, written["vqgan"]), default=0) + 2
+    print("".join(f"  {k:<{width}}{show(m)}\n" for k, m in written["vqgan"].items()))
     columns = names + [n for n in written if n.endswith(" minus control")]
     print("  ".join([f"{'metric':<34}", *(f"{c:<24}" for c in columns)]))
     for metric in dict.fromkeys(k for name in names for k in written[name]):

@@ -270,8 +270,9 @@ def test_the_blocks_of_python_run_and_ask_as_a_model_was_taught(trained, monkeyp
         exec(block, {})
     prompt = others["transformers"].AutoTokenizer.from_pretrained.return_value.call_args.args[0]
     ids = Tokenizer.from_file("out/bidpo/tokenizer.json").encode(prompt, add_special_tokens=False).ids
-    vocab, tokenizer = sft.Vocabulary.load("out/bidpo"), vqgan.VQGAN.from_pretrained("out/vqgan")
-    codes = tokenizer.encode(vqgan.to_pixels(vqgan.stack([Phantoms("test", 1, bias=0)[0].image], 1)))[0].tolist()
+    vocab, encoder = sft.Vocabulary.load("out/bidpo"), vqgan.VQGAN.from_pretrained("out/vqgan")
+    image = Phantoms("test", 1, bias=0, size=encoder.config.image_size)[0].image
+    codes = encoder.encode(vqgan.to_pixels(vqgan.stack([image], 1)))[0].tolist()
     assert ids == vocab.report_prompt(codes)
 
 
