@@ -141,8 +141,8 @@ class Vocabulary:
         return [*self.ask_prompt(codes, INSTRUCTIONS["segment"][wording].format(structure)), self.boi]
 
     def generate_prompt(self, text, wording=0):
-        """<bos> instruction and text <image>; without a text <bos> <image>, the unconditional prompt of guidance."""
-        words = INSTRUCTIONS["generate"][wording].format(text) if text else ""
+        """<bos> instruction and text <image>; of None <bos> <image>, the unconditional prompt of guidance."""
+        words = "" if text is None else INSTRUCTIONS["generate"][wording].format(text)
         return [self.bos, *self.encode_text(words), self.boi]
 
     def text_response(self, text):
@@ -207,7 +207,7 @@ def draw_images(model, vocab, vqgan, texts, guidance=1.0, **options):
     """Report -> image: n strings to images (n, C, H, W) in [-1, 1], each from exactly h·w codes."""
     prompts = [vocab.generate_prompt(t) for t in texts]
     return vqgan.decode(sample_codes(model, vocab, prompts, vqgan.config.grid ** 2, guidance=guidance,
-                                     unconditional=[vocab.generate_prompt("")] * len(texts), **options))
+                                     unconditional=[vocab.generate_prompt(None)] * len(texts), **options))
 
 
 def dice(a, b):
@@ -259,7 +259,7 @@ def make_example(study, task, vocab, rng, empty_share=0.0):
         return vocab.report_prompt(study.codes, wording), vocab.text_response(study.text)
     if task == "generate":
         emptied = rng.random() < empty_share
-        return vocab.generate_prompt("" if emptied else study.text, wording), vocab.image_response(study.codes)
+        return vocab.generate_prompt(None if emptied else study.text, wording), vocab.image_response(study.codes)
     if task == "ask":
         question, answer = study.questions[rng.integers(len(study.questions))]
         return vocab.ask_prompt(study.codes, question), vocab.text_response(answer)

@@ -136,11 +136,12 @@ def test_loading_a_missing_broken_or_foreign_tokenizer_is_a_user_error(tmp_path)
 def test_prompts_and_responses_by_hand(vocab):
     v, image = vocab, vocab.codes_to_ids([3, 1])
     assert v.ask_prompt([3, 1], "Why?") == [v.bos, v.boi, *image, v.eoi, *v.encode_text("Why?")]
-    assert v.generate_prompt("") == [v.bos, v.boi]
+    assert v.generate_prompt(None) == [v.bos, v.boi]
     for wording, words in enumerate(INSTRUCTIONS["report"]):
         assert v.report_prompt([3, 1], wording) == v.ask_prompt([3, 1], words)
     for wording, words in enumerate(INSTRUCTIONS["generate"]):
-        assert v.generate_prompt("Left.", wording) == [v.bos, *v.encode_text(words.format("Left.")), v.boi]
+        for text in ("Left.", ""):                   # an empty report is a report, not the absence of one
+            assert v.generate_prompt(text, wording) == [v.bos, *v.encode_text(words.format(text)), v.boi]
     for wording, words in enumerate(INSTRUCTIONS["segment"]):
         assert v.segment_prompt([3, 1], "heart", wording) == [*v.ask_prompt([3, 1], words.format("heart")), v.boi]
     assert v.segment_prompt([3, 1], "heart") == v.segment_prompt([3, 1], "heart", 0)
@@ -206,7 +207,7 @@ def test_an_image_is_drawn_away_from_the_emptied_prompt(asked):
     asked.answers = [VOCAB.codes_to_ids(row) for row in ([8, 0, 0, 9], [0, 15, 0, 0])]
     images = sft.draw_images(asked.model, VOCAB, PLAIN, ["Left nodule.", "Normal."], guidance=3.0, temperature=0.5)
     assert asked.prompts == [VOCAB.generate_prompt(t) for t in ("Left nodule.", "Normal.")]
-    assert asked.unconditional == [VOCAB.generate_prompt("")] * 2 and asked.guidance == 3.0 and asked.temperature == 0.5
+    assert asked.unconditional == [VOCAB.generate_prompt(None)] * 2 and asked.guidance == 3.0 and asked.temperature == 0.5
     assert (asked.allowed, asked.max_new_tokens) == (VOCAB.image_range, 4)
     assert images.shape == (2, 1, 2, 2) and images[0, 0].tolist() == [[1, -1], [-1, 1]]
 
@@ -263,8 +264,8 @@ def test_make_example_segment():
 
 def test_emptied_generation_prompts_are_the_unconditional_prompt():
     for seed in range(5):
-        assert make_example(STUDY, "generate", VOCAB, rng(seed), empty_share=1.0)[0] == VOCAB.generate_prompt("")
-        assert make_example(STUDY, "report", VOCAB, rng(seed), empty_share=1.0)[0] != VOCAB.generate_prompt("")
+        assert make_example(STUDY, "generate", VOCAB, rng(seed), empty_share=1.0)[0] == VOCAB.generate_prompt(None)
+        assert make_example(STUDY, "report", VOCAB, rng(seed), empty_share=1.0)[0] != VOCAB.generate_prompt(None)
 
 
 @pytest.mark.parametrize("task", ["report", "generate", "segment"])
