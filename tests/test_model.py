@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 import dpo
+import model
 import sample
 import sft
 import vqgan
-from model import (GPT, SHARED_PRESETS, GPTConfig, KVCache, Log, RunConfig, UserError, arg, batch_indices, begin_stage,
+from model import (GPT, SHARED_PRESETS, Decoder, GPTConfig, Log, RunConfig, UserError, arg, batch_indices, begin_stage,
                    cli, config_for, finish_stage, folder_hash, generate, get_lr, init_run, load_state, make_optimizers,
                    other_flags, per_token_logps, read_log, read_progress, read_tensors, run, run_flags, sample_token,
                    save_state, sequence_logps, set_lr, take_step, weights_hash)
@@ -81,19 +82,42 @@ def test_folders_pass_to_transformers_and_back(head, tmp_path):
     assert_close(GPT.from_pretrained(tmp_path / "theirs")(ids), gpt(ids), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("chunks", [[1] * 8, [3, 4, 1]])
-def test_cache_equals_full_forward(gpt, chunks):
-    cache = KVCache(gpt.config, 2, 8, "cpu", torch.float32)
-    parts = [gpt(part, cache) for part in IDS.split(chunks, dim=1)]
-    assert_close(torch.cat(parts, dim=1), gpt(IDS), atol=1e-5, rtol=0)
+@pytest.mark.parametrize("chunks", [[1] * 7, [3, 3, 1]])
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_the_decoder_answers_as_the_model_does_piece_by_piece(head, chunks):
+    gpt, ids = golden_gpt(head), torch.tensor(GOLDEN["ids"])[:, :7]
+    expected, seen = gpt(ids)[..., 3:17], 0
+    decoder = Decoder(gpt, ids[:, :chunks[0]].tolist(), 7 - chunks[0], (3, 17))
+    assert torch.equal(decoder.prompts, ids[:, :chunks[0]])
+    for part in ids.split(chunks, dim=1):
+        logits, seen = decoder(part), seen + part.size(1)
+        assert_close(logits, expected[:, seen - 1], atol=1e-5, rtol=0)
 
 
-def test_left_padding_changes_no_logit(gpt):
-    padded = torch.tensor([[7, 7, 7, *IDS[0, :5]], [*IDS[1]]])
-    logits = gpt(padded, n_pad=torch.tensor([3, 0]))
-    assert_close(logits[0, 3:], gpt(IDS[:1, :5])[0], atol=1e-5, rtol=0)
-    assert_close(logits[1], gpt(IDS)[1], atol=1e-5, rtol=0)
-    assert logits.isfinite().all()
+def test_padding_on_the_left_changes_no_logit_of_the_decoder(gpt):
+    short, long = IDS[0, :5].tolist(), IDS[1].tolist()
+    decoder = Decoder(gpt, [short, long], 1, (0, 20))
+    for more in (0, 1):
+        logits = decoder(torch.tensor([[3], [4]]) if more else decoder.prompts)
+        assert_close(logits[0], gpt(torch.tensor([short + [3] * more]))[0, -1], atol=1e-5, rtol=0)
+        assert_close(logits[1], gpt(torch.tensor([long + [4] * more]))[0, -1], atol=1e-5, rtol=0)
+
+
+def test_the_decoder_goes_on_with_the_rows_it_keeps(gpt):
+    decoder = Decoder(gpt, PROMPTS, 2, (0, 20))
+    decoder(decoder.prompts)
+    decoder.keep(torch.tensor([2, 0, 2]))
+    logits = decoder(torch.tensor([[5], [6], [7]]))
+    for row, prompt, token in zip(logits, (PROMPTS[2], PROMPTS[0], PROMPTS[2]), (5, 6, 7)):
+        assert_close(row, gpt(torch.tensor([[*prompt, token]]))[0, -1], atol=1e-5, rtol=0)
+
+
+def test_prompts_that_rows_share_are_read_once(gpt, monkeypatch):
+    read = []
+    monkeypatch.setattr(model.Decoder, "__call__", lambda self, ids, call=Decoder.__call__: (read.append(ids.shape), call(self, ids))[1])
+    rows = generate(gpt, [PROMPTS[0]] * 3 + [PROMPTS[1]], 4, (0, 20), temperature=2.0)
+    assert read[0] == (2, max(map(len, PROMPTS[:2]))) and set(read[1:]) == {(4, 1)}
+    assert len(set(map(tuple, rows))) == 4               # and go on differently
 
 
 def test_later_id_never_changes_earlier_logit(gpt):
@@ -206,6 +230,18 @@ def test_guidance_by_hand(gpt, batch_size):
     assert expected != [naive_greedy(gpt, p, 6, 4, 18) for p in PROMPTS]
     assert generate(gpt, PROMPTS, 6, (4, 18), temperature=0, guidance=3.0, unconditional=empty,
                     batch_size=batch_size) == expected
+
+
+@pytest.mark.parametrize("options", [dict(), dict(guidance=3.0, unconditional=[[1], [2, 3]] * 8)])
+def test_rows_that_ended_are_left_out_and_change_nothing(gpt, options, monkeypatch):
+    """Sixteen likeliest continuations, ended at ids of their own; the steps are of ever fewer rows."""
+    prompts, widths = [[i % 20, (3 * i) % 20] for i in range(16)], []
+    whole = generate(gpt, prompts, 8, (0, 20), temperature=0, **options)
+    stop = max(range(20), key=lambda i: sum(i in row[2:5] for row in whole))
+    monkeypatch.setattr(model.Decoder, "keep", lambda self, rows, keep=Decoder.keep: (widths.append(len(rows)), keep(self, rows)))
+    rows = generate(gpt, prompts, 8, (0, 20), stop, temperature=0, **options)
+    assert rows == [row[:row.index(stop)] if stop in row else row for row in whole]
+    assert len(widths) > 1 and widths == sorted(widths, reverse=True)
 
 
 @pytest.mark.parametrize("narrow", [dict(top_k=1), dict(top_p=1e-6)])
@@ -501,6 +537,60 @@ def test_batch_is_a_function_of_step_and_seed():
         batch_indices(50, 8, step, seed=1)
     assert np.array_equal(batch_indices(50, 8, 7, seed=1), later)
     assert not np.array_equal(batch_indices(50, 8, 7, seed=2), later)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 4, 16), (2, 16, 4)])
+def test_orthogonalize_moves_singular_values_and_keeps_directions(shape):
+    """The iterations act on singular values alone: s <- 3.4445 s - 4.775 s^3 + 2.0315 s^5, five times, from s / |M|."""
+    M = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    s = S / S.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+    assert_close(model.orthogonalize(M), U @ torch.diag_embed(s) @ Vh, atol=1e-4, rtol=0)
+
+
+def test_muon_steps_as_torch_does(monkeypatch):
+    """torch.optim.Muon rounds to bfloat16 on its way, here not on a CPU, where ours does not either."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    torch.manual_seed(0)
+    shapes = [(16, 16), (32, 16), (16, 16), (16, 48), (32, 16)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(s)) for s in shapes] for _ in range(2))
+    optimizers = model.Muon(ours, lr=0.1, weight_decay=0.2), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2)
+    for _ in range(3):
+        before = [p.detach().clone() for p in theirs]
+        for a, b in zip(ours, theirs):
+            a.grad = b.grad = torch.randn(a.shape)
+        for optimizer in optimizers:
+            optimizer.step()
+        for a, b, old in zip(ours, theirs, before):
+            assert (a - b).norm() < 1e-3 * (b - old).norm()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 64])
+def test_how_many_rows_go_together_changes_no_log_probability(gpt, rows):
+    ids = torch.randint(20, (7, 11), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    for i, end in enumerate((11, 4, 7, 7, 2, 9, 5)):
+        labels[i, :i % 3], labels[i, end:] = -100, -100
+    expected = torch.log_softmax(gpt(ids)[:, :-1], -1).gather(2, ids[:, 1:, None]).squeeze(2) * (labels[:, 1:] != -100)
+    assert_close(per_token_logps(gpt, ids, labels, rows), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_large_vocabulary_passes_the_head_in_pieces(gpt, monkeypatch):
+    """Same log-probabilities, same gradients, never more than so many logits at once."""
+    whole = per_token_logps(gpt, IDS, IDS)
+    whole.sum().backward()
+    grads, sizes = [p.grad.clone() for p in gpt.parameters()], []
+    gpt.zero_grad()
+    monkeypatch.setattr(model, "MOST_LOGITS", 60)
+    monkeypatch.setattr(gpt, "head", lambda h, head=gpt.head: (sizes.append(len(h)), head(h))[1])
+    pieces = per_token_logps(gpt, IDS, IDS)
+    pieces.sum().backward()
+    assert_close(pieces, whole)
+    assert max(sizes) == 3
+    for p, grad in zip(gpt.parameters(), grads):
+        assert_close(p.grad, grad)
 
 
 def loss_at(gpt, step):
