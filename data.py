@@ -181,10 +181,10 @@ def random_finding(name, kind, rng):
     return Finding(name, choose(kind.sides), choose(kind.sizes), choose(kind.places))
 
 
-def phantom_spec(seed, split, index, bias):
-    """Which modality and which findings a phantom has. `bias` counts in the training split only."""
+def phantom_spec(seed, split, index, bias, modalities=3):
+    """Which of the first `modalities` and which findings a phantom has. `bias` counts in the training split only."""
     rng = Spec(seed, split, index, "", ()).rng("spec")
-    modality = list(MODALITIES)[rng.integers(len(MODALITIES))]
+    modality = list(MODALITIES)[rng.integers(modalities)]
     findings = {name: random_finding(name, kind, rng) for name, kind in MODALITIES[modality].items()}
     present = {name: f for name, f in findings.items() if rng.random() < FINDING_RATE}
     for trigger, companion in COMPANIONS.items():
@@ -263,8 +263,8 @@ def phantom_record(spec, size=64):
 class Phantoms:
     """A sequence of n phantom records, each drawn when it is asked for (about 1 ms)."""
 
-    def __init__(self, split, n, seed=0, bias=0.9, size=64):
-        self.split, self.n, self.seed, self.bias, self.size = split, n, seed, bias, size
+    def __init__(self, split, n, seed=0, bias=0.9, size=64, modalities=3):
+        self.split, self.n, self.seed, self.bias, self.size, self.modalities = split, n, seed, bias, size, modalities
 
     def __len__(self):
         return self.n
@@ -272,7 +272,7 @@ class Phantoms:
     def __getitem__(self, index):
         if not 0 <= index < self.n:
             raise IndexError(index)
-        return phantom_record(phantom_spec(self.seed, self.split, index, self.bias), self.size)
+        return phantom_record(phantom_spec(self.seed, self.split, index, self.bias, self.modalities), self.size)
 
 
 def redraw(spec, change, rng):
@@ -853,13 +853,15 @@ def fill_splits(splits, folder):
 
 
 def image_source(cfg):
-    """Where images come from: the folder's path, or "phantoms"."""
-    return str(Path(cfg.data).resolve()) if cfg.data else "phantoms"
+    """Where images come from: the folder's path, or "phantoms", and of how many modalities if not of all."""
+    if cfg.data:
+        return str(Path(cfg.data).resolve())
+    return "phantoms" if cfg.modalities == len(MODALITIES) else f"phantoms --modalities {cfg.modalities}"
 
 
 def data_name(cfg):
     """What a model trained with these flags was trained on, as its config.json says it."""
-    return image_source(cfg) if cfg.data else f"phantoms --bias {cfg.bias:g}"
+    return image_source(cfg) if cfg.data else f"{image_source(cfg)} --bias {cfg.bias:g}"
 
 
 def check_data(trained_on, cfg, folder):
@@ -867,7 +869,7 @@ def check_data(trained_on, cfg, folder):
     if trained_on != data_name(cfg):
         flags = f"--data {trained_on}"
         if trained_on.startswith("phantoms"):
-            flags = f"--{trained_on.split(' --')[1]}" + " and no --data" * bool(cfg.data)
+            flags = trained_on.removeprefix("phantoms ") + " and no --data" * bool(cfg.data)
         raise UserError(f"{folder} was trained on {trained_on}, not on {data_name(cfg)}: say {flags}, or name "
                         "another --out")
 
@@ -882,7 +884,7 @@ def open_data(cfg):
     if cfg.data:
         return read_folder(cfg.data, cfg.image_size, cfg.channels)
     sizes = {"train": cfg.records, "val": max(32, cfg.records // 10), "test": 100_000}
-    return {split: Phantoms(split, n, cfg.seed, cfg.bias, cfg.image_size) for split, n in sizes.items()}
+    return {split: Phantoms(split, n, cfg.seed, cfg.bias, cfg.image_size, cfg.modalities) for split, n in sizes.items()}
 
 
 # ---- For consultation: findings read back from a report ------------------------------------------

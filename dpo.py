@@ -119,6 +119,7 @@ class DPOConfig(TuneConfig):
 
 
 PRESETS = {"tiny": dict(steps=12, batch_size=4, pairs=32, rehearsal_size=4, proposals=3), "small": {},
+           "quick": dict(steps=60, pairs=800, candidates=3, rehearsal_size=16, rehearsal_records=500),
            "base": dict(steps=2000, batch_size=32, pairs=40000, lr=1e-4, muon_lr=5e-4)}
 PUBLISHED = dict(beta=0.1, text_weight=1.0)
 # bidpo's defaults are the flags' own, found on phantoms; the others' are the papers' where they give one

@@ -436,14 +436,15 @@ def arg(default, help, least=None, most=None, **options):
 class RunConfig:
     """Flags every program takes."""
 
-    preset: str = arg("small", "tiny (tests, seconds), small (two CPU cores) or base (one GPU, 256x256)",
-                      choices=("tiny", "small", "base"))
+    preset: str = arg("small", "tiny (tests, seconds), quick (a lesson, minutes), small (the reported tables; two CPU cores) "
+                      "or base (one GPU, 256x256)", choices=("tiny", "quick", "small", "base"))
     data: str = arg("", "folder of images and texts (ImageFolder metadata, ROCOv2 or LLaVA); empty: drawn phantoms")
     out: str = arg("out", "folder for everything that is written")
     seed: int = arg(0, "draws data, weights, batches and samples", least=0)
     bias: float = arg(0.9, "phantoms: probability that a training finding brings its companion (0: no language bias)",
                       most=1)
     records: int = arg(16000, "phantoms: training records")
+    modalities: int = arg(3, "phantoms: kinds of image; 1: chest radiographs, 2: head CTs too, 3: brain MRIs too", most=3)
     image_size: int = arg(64, "height and width of every image, in pixels; a multiple of 8 (base: of 16)")
     channels: int = arg(1, "1: gray, 3: RGB", choices=(1, 3))
     device: str = arg("auto", "auto (cuda if present), cpu, cuda or cuda:1")
@@ -466,7 +467,7 @@ class TuneConfig(RunConfig):
     lora_merge: bool = arg(False, "write the whole model, adapters merged in, instead of the adapters alone")
 
 
-SHARED_PRESETS = {"tiny": dict(records=96, image_size=32), "small": {},
+SHARED_PRESETS = {"tiny": dict(records=96, image_size=32), "quick": dict(records=3000, image_size=24, modalities=1), "small": {},
                   "base": dict(records=100_000, image_size=256)}
 
 

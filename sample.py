@@ -66,7 +66,7 @@ class SampleConfig(RunConfig):
     bootstrap: int = arg(1000, "resamples behind each 95 %% interval")
 
 
-PRESETS = {"tiny": dict(n=12, reader_steps=20, bootstrap=50), "small": {}, "base": {}}
+PRESETS = {"tiny": dict(n=12, reader_steps=20, bootstrap=50), "quick": dict(n=500, reader_steps=200), "small": {}, "base": {}}
 
 
 # ---- The lesson: figures with intervals ----------------------------------------------------------
@@ -377,7 +377,7 @@ def load_reader(data, cfg, device, autocast):
     if not reader_recipe(cfg).items() <= config.items():
         train = data["train"]
         if isinstance(train, Phantoms):      # other patients than the models', and no bias
-            train = Phantoms("reader", min(12000, cfg.records), cfg.seed, 0.0, cfg.image_size)
+            train = Phantoms("reader", min(12000, cfg.records), cfg.seed, 0.0, cfg.image_size, cfg.modalities)
         records = [train[i] for i in tqdm(range(len(train)), desc="the reader's images", leave=False)]
         if not train_reader(records, folder, cfg, device, autocast):
             return None

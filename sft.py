@@ -57,8 +57,11 @@ class SFTConfig(TuneConfig):
 
 
 PRESETS = {"tiny": dict(steps=40, batch_size=16, val_every=20, val_records=12), "small": {},
+           "quick": dict(steps=450, batch_size=32, val_every=450, val_records=128, report_share=0.45, generate_share=0.25,
+                         ask_share=0.20, segment_share=0.10),
            "base": dict(steps=40000, batch_size=128, lr=1e-3, val_every=2000, text_vocab=4000)}
 SHAPES = {"tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=32, num_key_value_heads=1),
+          "quick": dict(hidden_size=96, intermediate_size=288, num_hidden_layers=3, head_dim=48),
           "small": {},
           "base": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8,
                        num_key_value_heads=4)}

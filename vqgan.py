@@ -81,8 +81,9 @@ class VQGANTrainConfig(RunConfig):
 
 
 PRESETS = {"tiny": dict(steps=40, batch_size=16, images=96, codebook_size=64, disc_start=30, renew_every=5),
+           "quick": dict(steps=400, images=3000, codebook_size=256, disc_start=350, lr=2e-3, log_every=100),
            "small": {}, "base": dict(steps=20000, codebook_size=1024, images=60000, disc_start=8000, lr=4e-4)}
-WIDTHS = {"tiny": (16, 32, 32), "small": (32, 96, 192), "base": (128, 256, 256, 512)}
+WIDTHS = {"tiny": (16, 32, 32), "quick": (24, 64), "small": (32, 96, 192), "base": (128, 256, 256, 512)}
 
 
 class ResBlock(nn.Module):

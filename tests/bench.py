@@ -1,87 +1,328 @@
-"""Speed and memory, by hand: `python -m tests.bench`. pytest does not collect this file.
+"""Speed and memory, by hand: `python -m tests.bench [WHAT ...] [--repeats 5] [--json FILE]`. pytest does not collect this file.
 
-Two ways of doing one thing are timed in turn, A B A B, and compared as a ratio: a busy machine slows both."""
+Each row does one kind of work at the shapes of `small`, in float32 and, where the hardware has it, in bfloat16; on the GPU
+where there is one. `growth` shows time and memory against length and vocabulary. Where a peer is installed (`pip install transformers trl datasets
+vector-quantize-pytorch`; none is needed) it does the same work in the same process, the two in turn, A B A B, and the
+ratio of their medians is printed: a busy machine slows both. Peak memory is that of a process of its own."""
 
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import platform
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import Phantoms  # noqa: E402
-from model import GPT, GPTConfig, generate, make_optimizers, per_token_logps  # noqa: E402
-from vqgan import VQGAN, VQGANConfig, stack, to_pixels  # noqa: E402
+from dpo import DPOConfig, log_ratios, objective_loss, sequences_of, sum_logps  # noqa: E402
+from model import GPT, GPTConfig, generate, init_run, make_optimizers, per_token_logps, take_step  # noqa: E402
+from sft import SFTConfig, Study, Vocabulary, encode_records, make_batch  # noqa: E402
+from vqgan import VQGAN, VQGANConfig, VectorQuantizer, stack, to_pixels  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHARES = {"report": 0.30, "generate": 0.40, "ask": 0.18, "segment": 0.12}
 
 
-def ratio(title, a, b, rounds=4):
-    """Print the median seconds of a and of b, run in turn, and how many times faster b is."""
-    times = {a: [], b: []}
-    for _ in range(rounds):
-        for f in (a, b):
+def have(package):
+    """Whether a peer is installed."""
+    return importlib.util.find_spec(package) is not None
+
+
+def seconds(work, repeats):
+    """{name: median seconds} of several functions, run in turn after a first round that does not count."""
+    times = {name: [] for name in work}
+    for i in range(repeats + 1):
+        for name, f in work.items():
             start = time.perf_counter()
             f()
-            times[f].append(time.perf_counter() - start)
-    slow, fast = (sorted(t)[len(t) // 2] for t in times.values())
-    print(f"{title:<52}{slow:8.3f} s {fast:8.3f} s   x{slow / fast:.2f}")
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: sorted(t[1:])[(len(t) - 1) // 2] for name, t in times.items()}
 
 
-def per_second(title, f, n):
-    """Print how many of n things f makes in a second."""
+def gpt_of(**shape):
+    """A GPT of `small`, and transformers' Qwen3 with the same weights, or None where it is not installed."""
+    torch.manual_seed(0)
+    gpt, peer = GPT(GPTConfig(1317, pad_token_id=804, eos_token_id=800, **shape)).to(DEVICE), None
+    if have("transformers"):
+        from transformers import AutoModelForCausalLM
+        with tempfile.TemporaryDirectory() as folder:
+            gpt.save_pretrained(folder)
+            peer = AutoModelForCausalLM.from_pretrained(folder).to(DEVICE)
+    return gpt, peer
+
+
+def a_batch(n=64, seed=0):
+    """ids and labels (n, T) of the four tasks in `small`'s shares, as stage 1 sees them, from phantoms and random codes."""
+    records, rng = Phantoms("bench", n), np.random.default_rng(seed)
+    vocab = Vocabulary.train([r.text for r in records] * 9, 512)
+    studies = [Study(rng.integers(512, size=64), r.text, r.questions, (("heart", rng.integers(512, size=64)),), None,
+                     ("report", "generate", "ask", "segment")) for r in records]
+    return make_batch(studies, SFTConfig(batch_size=n), SHARES, vocab, 0, DEVICE)
+
+
+# Each function below returns {name: (function, how many things it makes)}; ours first, the peer's after it.
+
+
+def stage1(autocast):
+    """One step of instruction tuning, 64 sequences; transformers: the same padded batch, the whole head, AdamW."""
+    gpt, peer = gpt_of()
+    ids, labels = a_batch()
+    ids, tokens = ids.clamp(max=1316), int((labels != -100).sum())
+    real = int(sum((row != -100).nonzero().max() + 1 for row in labels))                  # tokens that are no padding
+    optimizers = make_optimizers(gpt, 1e-3, 1e-3, 0.1)
+
+    def ours():
+        with autocast():
+            loss = -per_token_logps(gpt, ids, labels).sum() / tokens
+        take_step(loss, gpt.parameters(), optimizers, clip=1.0)
+
+    work = {"ours": (ours, real)}
+    if peer:
+        optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-3)
+
+        def theirs():
+            with autocast():
+                loss = peer(ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+            take_step(loss, peer.parameters(), [optimizer], clip=1.0)
+
+        work["transformers"] = (theirs, real)
+    return work
+
+
+def sampling(n):
+    """n images of 64 codes after prompts of about 30 tokens, temperature 1."""
+    def work_of(autocast):
+        gpt, peer = gpt_of()
+        prompts = [list(range(5 + i % 7, 30 + i % 11)) for i in range(n)]
+
+        def ours():
+            with autocast():
+                generate(gpt.eval(), prompts, 64, (805, 1317))
+
+        work = {"ours": (ours, n)}
+        if peer:
+            T = max(map(len, prompts))
+            ids = torch.tensor([[804] * (T - len(p)) + p for p in prompts], device=DEVICE)
+
+            def theirs():
+                with autocast():
+                    peer.eval().generate(ids, attention_mask=(ids != 804).long(), max_new_tokens=64, min_new_tokens=64,
+                                         do_sample=True, top_k=0)
+
+            work["transformers"] = (theirs, n)
+        return work
+    return work_of
+
+
+def stage2(autocast, once=True):
+    """One step of DPO on 16 pairs of reports, the reference computed before (once) or at each step; TRL does it each step."""
+    gpt, _ = gpt_of()
+    cfg = DPOConfig(objective="dpo")
+    sequences, (ids, labels) = sequences_of(cfg)[:1] + ("text_rejected",), a_batch(32)
+    ids, labels = ids.clamp(max=1316).unflatten(0, (2, 16)), labels.unflatten(0, (2, 16))
+    optimizers, keep = make_optimizers(gpt, 1e-4, 1e-4, 0.0), {"text": torch.ones(16, device=DEVICE)}
+    with torch.no_grad():
+        reference, every = sum_logps(gpt, ids, labels, sequences), torch.arange(16, device=DEVICE)
+
+    def ours():
+        with autocast():
+            if not once:
+                with torch.no_grad():
+                    sum_logps(gpt, ids, labels, sequences)
+            policy = sum_logps(gpt, ids, labels, sequences)
+        ratios = log_ratios(policy, reference, every)
+        take_step(objective_loss(ratios, keep, cfg)[0], gpt.parameters(), optimizers, clip=1.0)
+
+    with autocast():
+        bf16 = torch.is_autocast_enabled(DEVICE)
+    return {"ours": (ours, 16)} | trl_step(ids, labels, bf16)
+
+
+def trl_step(ids, labels, bf16):
+    """TRL's DPOTrainer on the same sequences, its default (reference at each step) and with a precomputed reference."""
+    if not (have("trl") and have("datasets")):
+        return {}
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig as TRLConfig, DPOTrainer
+    vocabulary = {f"t{i}": i for i in range(1317)}
+    words = Tokenizer(models.WordLevel(vocabulary, "t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t804", eos_token="t800")
+    text = lambda row: " ".join(f"t{i}" for i in row)
+    rows = []
+    for i in range(16):
+        start = int((labels[0, i] != -100).nonzero()[0])
+        ends = [int((labels[s, i] != -100).nonzero()[-1]) + 1 for s in (0, 1)]
+        rows.append({"prompt": text(ids[0, i, :start].tolist()) + " ", "chosen": text(ids[0, i, start:ends[0]].tolist()),
+                     "rejected": text(ids[1, i, start:max(start + 1, ends[1])].tolist())})
+    work = {}
+    for name, ahead in (("TRL default", False), ("TRL precomputed", True)):
+        folder = tempfile.mkdtemp()
+        peer = gpt_of()[1]
+        config = TRLConfig(folder, per_device_train_batch_size=16, max_steps=1, report_to=[], bf16=bf16, logging_steps=1000,
+                           save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+                           precompute_ref_log_probs=ahead, use_cpu=DEVICE == "cpu", max_length=256)
+        trainer = DPOTrainer(peer, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.create_optimizer()
+
+        def step(trainer=trainer, batch=batch):
+            trainer.model.train()
+            trainer.optimizer.zero_grad()
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(trainer.model, batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+            trainer.optimizer.step()
+
+        work[name] = (step, 16)
+    return work
+
+
+def quantizer(autocast):
+    """Nearest codes of 256 images of 8x8 vectors, forward and backward."""
+    ours = VectorQuantizer(512, 8).to(DEVICE)
+    z = torch.randn(256, 8, 8, 8, device=DEVICE, requires_grad=True)
+
+    def step():
+        z_q, _, codebook_loss, commitment_loss = ours(z)
+        (z_q.sum() + codebook_loss + commitment_loss).backward()
+
+    work = {"ours": (step, 256)}
+    if have("vector_quantize_pytorch"):
+        from vector_quantize_pytorch import VectorQuantize
+        theirs = VectorQuantize(dim=8, codebook_size=512, use_cosine_sim=True, accept_image_fmap=True,
+                                learnable_codebook=True, ema_update=False).to(DEVICE)
+
+        def their_step():
+            z_q, _, loss = theirs(z)
+            (z_q.sum() + loss.sum()).backward()
+
+        work["vector-quantize-pytorch"] = (their_step, 256)
+    return work
+
+
+def tokenizer_step(autocast):
+    """Reconstruction of 32 images, forward and backward: most of a step of vqgan.py."""
+    vqgan = VQGAN(VQGANConfig()).to(DEVICE, memory_format=torch.channels_last)
+    x = torch.rand(32, 1, 64, 64, device=DEVICE).to(memory_format=torch.channels_last)
+
+    def step():
+        with autocast():
+            x_rec, _, codebook_loss, commitment_loss, _ = vqgan(x)
+            loss = F.mse_loss(x_rec.float(), x) + codebook_loss + commitment_loss
+        loss.backward()
+
+    return {"ours": (step, 32)}
+
+
+def drawing(autocast):
+    """Phantoms drawn, with masks, report and questions."""
+    records = Phantoms("bench", 200)
+    return {"ours": (lambda: list(records), 200)}
+
+
+def encoding(autocast):
+    """Records to Studies: each image and up to two masks through the tokenizer."""
+    vqgan, records = VQGAN(VQGANConfig()).to(DEVICE).eval(), list(Phantoms("bench", 128))
+    return {"ours": (lambda: encode_records(records, vqgan, 0, autocast), 128)}
+
+
+def reports(autocast):
+    """64 reports after an image each, at most 40 tokens."""
+    gpt, _ = gpt_of()
+    prompts = [list(range(805, 869)) + [3, 4, 5] for _ in range(64)]
+    prompts = [[*p, i] for i, p in enumerate(prompts)]
+    return {"ours": (lambda: generate(gpt.eval(), prompts, 40, (0, 801), 800), 64)}
+
+
+def loading(autocast):
+    """A saved GPT read from disk."""
+    folder = tempfile.mkdtemp()
+    gpt_of()[0].save_pretrained(folder)
+    return {"ours": (lambda: GPT.from_pretrained(folder), 1)}
+
+
+def muon(autocast):
+    """One step of Muon over the 28 matrices of `small`; the peer is torch.optim.Muon."""
+    gpt, _ = gpt_of()
+    inner = [p for name, p in gpt.named_parameters() if p.dim() == 2 and ".layers." in name]
+    for p in inner:
+        p.grad = torch.randn_like(p)
+    ours, theirs = make_optimizers(gpt, 1e-3, 1e-3, 0.1)[0], torch.optim.Muon(inner, 1e-3)
+    return {"ours": (ours.step, 1), "torch.optim.Muon": (theirs.step, 1)}
+
+
+def growth(length, vocab_size, rows=4):
+    """Seconds of one forward and backward pass over `rows` images of `length` codes, half of them response."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(vocab_size)).to(DEVICE)
+    ids = torch.randint(vocab_size, (rows, length), device=DEVICE)
+    labels = ids.masked_fill(torch.arange(length, device=DEVICE) < length // 2, -100)
     start = time.perf_counter()
-    f()
-    print(f"{title:<52}{n / (time.perf_counter() - start):8.0f} a second")
+    per_token_logps(gpt, ids, labels).sum().backward()
+    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+WORK = {"stage1": (stage1, "tokens"), "sampling-1": (sampling(1), "images"), "sampling-16": (sampling(16), "images"),
+        "sampling-64": (sampling(64), "images"), "stage2-once": (stage2, "pairs"),
+        "stage2-each-step": (lambda autocast: stage2(autocast, once=False), "pairs"), "quantizer": (quantizer, "images"),
+        "muon": (muon, "steps"), "tokenizer": (tokenizer_step, "images"), "drawing": (drawing, "phantoms"),
+        "encoding": (encoding, "studies"), "reports": (reports, "reports"), "loading": (loading, "models")}
+
+
+def run_growth():
+    """How time and memory grow: each case in a process of its own, so that peak memory is its own."""
+    for length, vocab_size in ((64, 1000), (256, 1000), (1024, 1000), (4096, 1000), (256, 20_000), (256, 150_000)):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            took, peak = pool.apply(growth, (length, vocab_size))
+        print(f"4 rows of {length:5d} tokens, vocabulary {vocab_size:7d}: {took:7.2f} s, peak {peak:5.2f} GB", flush=True)
 
 
 def main():
-    """All of it; about half a minute."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=1300))
-    ids = torch.randint(0, 1300, (64, 128))
-    labels = ids.masked_fill(torch.arange(128) < 70, -100)
-
-    def step(bf16, whole_head=False):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            if whole_head:
-                loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-            else:
-                loss = -per_token_logps(model, ids, labels).mean()
-        loss.backward()
-
-    step(True)
-    ratio("training step 64x128: float32, bfloat16", lambda: step(False), lambda: step(True))
-    ratio("  output head everywhere, at response positions", lambda: step(True, whole_head=True), lambda: step(True))
-    optimizers = make_optimizers(model, 1e-3, 1e-3, 0.0)
-    ratio("  forward and backward, Muon and AdamW", lambda: step(True), lambda: [o.step() for o in optimizers])
-
-    q, k, v = (torch.randn(64, 2, 128, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    mask = torch.ones(128, 128, dtype=torch.bool).tril()
-    written = lambda: ((q @ k.transpose(-1, -2) / 8).masked_fill(~mask, float("-inf")).softmax(-1) @ v).sum().backward()
-    library = lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward()
-    written(), library()
-    ratio("attention and its backward: SDPA, written out", library, written)
-
-    prompts = [list(range(70))] * 64
-
-    def without_cache():
-        rows = torch.tensor(prompts)
-        with torch.no_grad():
-            for _ in range(32):
-                rows = torch.cat([rows, model(rows)[:, -1:].argmax(-1)], dim=1)
-
-    ratio("64 prompts of 70, 32 new tokens: no cache, cache", without_cache,
-          lambda: generate(model, prompts, 32, (0, 1300), temperature=0), rounds=2)
-
-    records = Phantoms("bench", 500)
-    per_second("phantoms drawn", lambda: [records[i] for i in range(500)], 500)
-    x = to_pixels(stack([records[i].image for i in range(256)], 1))
-    vqgan = VQGAN(VQGANConfig())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        per_second("images encoded", lambda: vqgan.encode(x), 256)
-    print(f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GB")
+    """The rows named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", help=", ".join([*WORK, "growth"]))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", default="")
+    args = parser.parse_args()
+    rows = []
+    for name in args.what or WORK:
+        if name == "growth":
+            run_growth()
+            continue
+        for dtype in ("float32", "bfloat16"):
+            _, autocast = init_run(DPOConfig(dtype=dtype, out=tempfile.mkdtemp()))
+            native = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16", False)
+            if dtype == "bfloat16" and not native:
+                continue
+            make, unit = WORK[name]
+            work = make(autocast)
+            median = seconds({k: f for k, (f, _) in work.items()}, args.repeats)
+            rate = {k: work[k][1] / t for k, t in median.items()}
+            rows.append({"work": name, "dtype": dtype, "unit": unit, "per_second": rate})
+            ratios = "".join(f"   {k} {r:,.1f}: x{rate['ours'] / r:.2f}" for k, r in rate.items() if k != "ours")
+            print(f"{name:<17} {dtype:<9} {rate['ours']:>10,.1f} {unit} a second{ratios}", flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"peak memory of this process {peak:.2f} GB")
+    if args.json:
+        versions = {p: importlib.import_module(p).__version__ for p in ("transformers", "trl") if have(p)}
+        Path(args.json).write_text(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "device": DEVICE,
+                                               "versions": versions, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

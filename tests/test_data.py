@@ -271,21 +271,30 @@ def test_questions_by_hand(modality, name, question):
     assert ask_whether(MODALITIES[modality][name], 0) == question
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_phantoms_are_of_the_first_modalities_alone(n):
+    assert {r.modality for r in Phantoms("train", 40, size=16, modalities=n)} == set(list(MODALITIES)[:n])
+
+
 def test_open_data_gives_three_splits():
-    cfg = SimpleNamespace(data="", records=200, seed=1, bias=0.9, image_size=32, channels=1)
+    cfg = SimpleNamespace(data="", records=200, seed=1, bias=0.9, image_size=32, channels=1, modalities=2)
     splits = open_data(cfg)
-    assert {s: (records.split, records.seed, records.bias, records.size) for s, records in splits.items()} == {
-        s: (s, cfg.seed, cfg.bias, cfg.image_size) for s in ("train", "val", "test")}
+    assert {s: (records.split, records.seed, records.bias, records.size, records.modalities) for s, records in splits.items()} == {
+        s: (s, cfg.seed, cfg.bias, cfg.image_size, cfg.modalities) for s in ("train", "val", "test")}
     assert len(splits["train"]) == cfg.records and len(splits["val"]) == 32 and len(splits["test"]) > 10_000
     assert len(open_data(SimpleNamespace(**vars(cfg) | {"records": 1000}))["val"]) == 100
 
 
 def test_a_model_goes_with_the_data_it_was_trained_on_alone(tmp_path):
-    phantoms, folder = SimpleNamespace(data="", bias=0.9), SimpleNamespace(data=str(tmp_path), bias=0.9)
-    for cfg in (phantoms, folder):
+    phantoms, folder = SimpleNamespace(data="", bias=0.9, modalities=3), SimpleNamespace(data=str(tmp_path), bias=0.9)
+    chests = SimpleNamespace(data="", bias=0.9, modalities=1)
+    assert data_name(phantoms) == "phantoms --bias 0.9"                       # what older folders say
+    for cfg in (phantoms, folder, chests):
         check_data(data_name(cfg), cfg, "out/sft")
     with pytest.raises(UserError, match="^out/sft .*--bias 0.9"):
-        check_data(data_name(phantoms), SimpleNamespace(data="", bias=0.5), "out/sft")
+        check_data(data_name(phantoms), SimpleNamespace(data="", bias=0.5, modalities=3), "out/sft")
+    with pytest.raises(UserError, match="say --modalities 1 --bias 0.9, or"):
+        check_data(data_name(chests), phantoms, "out/sft")
     with pytest.raises(UserError, match="--bias 0.9"):
         check_data(data_name(phantoms), folder, "out/sft")
     with pytest.raises(UserError, match=f"--data {tmp_path}"):
