@@ -214,7 +214,8 @@ class VQGAN(nn.Module):
     def from_pretrained(cls, folder, device="cpu"):
         """Read what save_pretrained wrote."""
         config, tensors = load_folder(folder, "vqgan.py", ("kind", "vqgan"))
-        return load_weights(cls(make_config(VQGANConfig, config, folder)), tensors, folder).to(device)
+        vqgan = load_weights(cls(make_config(VQGANConfig, config, folder)), tensors, folder)
+        return vqgan.to(device, memory_format=torch.channels_last)
 
 
 class PatchDiscriminator(nn.Module):

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import Phantoms  # noqa: E402
-from dpo import DPOConfig, log_ratios, objective_loss, sequences_of, sum_logps  # noqa: E402
+from dpo import DPOConfig, log_ratios, objective_loss, sum_logps  # noqa: E402
 from model import GPT, GPTConfig, generate, init_run, make_optimizers, per_token_logps, take_step  # noqa: E402
-from sft import SFTConfig, Study, Vocabulary, encode_records, make_batch  # noqa: E402
+from sft import SFTConfig, Study, Vocabulary, collate, encode_records, make_batch  # noqa: E402
 from vqgan import VQGAN, VQGANConfig, VectorQuantizer, stack, to_pixels  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,19 +56,29 @@ def gpt_of(**shape):
     gpt, peer = GPT(GPTConfig(1317, pad_token_id=804, eos_token_id=800, **shape)).to(DEVICE), None
     if have("transformers"):
         from transformers import AutoModelForCausalLM
-        with tempfile.TemporaryDirectory() as folder:
-            gpt.save_pretrained(folder)
-            peer = AutoModelForCausalLM.from_pretrained(folder).to(DEVICE)
+        folder = tempfile.mkdtemp()                 # stays: TRL reads its reference from there
+        gpt.save_pretrained(folder)
+        peer = AutoModelForCausalLM.from_pretrained(folder).to(DEVICE)
     return gpt, peer
 
 
-def a_batch(n=64, seed=0):
+def a_batch(n=64):
     """ids and labels (n, T) of the four tasks in `small`'s shares, as stage 1 sees them, from phantoms and random codes."""
-    records, rng = Phantoms("bench", n), np.random.default_rng(seed)
+    records, rng = Phantoms("bench", n), np.random.default_rng(0)
     vocab = Vocabulary.train([r.text for r in records] * 9, 512)
     studies = [Study(rng.integers(512, size=64), r.text, r.questions, (("heart", rng.integers(512, size=64)),), None,
                      ("report", "generate", "ask", "segment")) for r in records]
     return make_batch(studies, SFTConfig(batch_size=n), SHARES, vocab, 0, DEVICE)
+
+
+def a_batch_of_pairs(n=16):
+    """ids and labels (2, n, T): n images, each with its report and with another's."""
+    records, rng = Phantoms("bench", n + 1), np.random.default_rng(0)
+    vocab = Vocabulary.train([r.text for r in records] * 9, 512)
+    codes = rng.integers(512, size=(n, 64))
+    examples = [(vocab.report_prompt(codes[i]), vocab.text_response(records[i + k].text)) for k in (0, 1) for i in range(n)]
+    ids, labels = collate(examples, vocab.pad, DEVICE)
+    return ids.unflatten(0, (2, n)), labels.unflatten(0, (2, n))
 
 
 # Each function below returns {name: (function, how many things it makes)}; ours first, the peer's after it.
@@ -129,8 +139,7 @@ def stage2(autocast, once=True):
     """One step of DPO on 16 pairs of reports, the reference computed before (once) or at each step; TRL does it each step."""
     gpt, _ = gpt_of()
     cfg = DPOConfig(objective="dpo")
-    sequences, (ids, labels) = sequences_of(cfg)[:1] + ("text_rejected",), a_batch(32)
-    ids, labels = ids.clamp(max=1316).unflatten(0, (2, 16)), labels.unflatten(0, (2, 16))
+    sequences, (ids, labels) = ("text_chosen", "text_rejected"), a_batch_of_pairs()
     optimizers, keep = make_optimizers(gpt, 1e-4, 1e-4, 0.0), {"text": torch.ones(16, device=DEVICE)}
     with torch.no_grad():
         reference, every = sum_logps(gpt, ids, labels, sequences), torch.arange(16, device=DEVICE)
@@ -141,8 +150,7 @@ def stage2(autocast, once=True):
                 with torch.no_grad():
                     sum_logps(gpt, ids, labels, sequences)
             policy = sum_logps(gpt, ids, labels, sequences)
-        ratios = log_ratios(policy, reference, every)
-        take_step(objective_loss(ratios, keep, cfg)[0], gpt.parameters(), optimizers, clip=1.0)
+        take_step(objective_loss(log_ratios(policy, reference, every), keep, cfg)[0], gpt.parameters(), optimizers, clip=1.0)
 
     with autocast():
         bf16 = torch.is_autocast_enabled(DEVICE)
@@ -204,8 +212,7 @@ def quantizer(autocast):
     work = {"ours": (step, 256)}
     if have("vector_quantize_pytorch"):
         from vector_quantize_pytorch import VectorQuantize
-        theirs = VectorQuantize(dim=8, codebook_size=512, use_cosine_sim=True, accept_image_fmap=True,
-                                learnable_codebook=True, ema_update=False).to(DEVICE)
+        theirs = VectorQuantize(dim=8, codebook_size=512, use_cosine_sim=True, accept_image_fmap=True).to(DEVICE)
 
         def their_step():
             z_q, _, loss = theirs(z)

@@ -103,6 +103,13 @@ def test_padding_on_the_left_changes_no_logit_of_the_decoder(gpt):
         assert_close(logits[1], gpt(torch.tensor([long + [4] * more]))[0, -1], atol=1e-5, rtol=0)
 
 
+def test_on_a_cpu_the_decoder_computes_in_float32_whatever_surrounds_it(gpt):
+    decoder, again = (Decoder(gpt, PROMPTS, 1, (0, 20)) for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = decoder(decoder.prompts)
+    assert torch.equal(logits, again(again.prompts))
+
+
 def test_the_decoder_goes_on_with_the_rows_it_keeps(gpt):
     decoder = Decoder(gpt, PROMPTS, 2, (0, 20))
     decoder(decoder.prompts)
