@@ -333,6 +333,7 @@ class Decoder:
             return self.read(ids)
 
     def read(self, ids):
+        """The arithmetic of Block and Attention, with the products merged; k and v grow by T positions."""
         B, T = ids.shape
         start, end, n_qk = self.length, self.length + T, self.n_q + self.n_kv
         x, cos, sin, bias = self.embedding[ids], self.cos[:, start:end], self.sin[:, start:end], self.bias[..., :end]
