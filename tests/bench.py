@@ -26,7 +26,7 @@ from data import Phantoms  # noqa: E402
 from dpo import DPOConfig, log_ratios, objective_loss, sum_logps  # noqa: E402
 from model import GPT, GPTConfig, generate, init_run, make_optimizers, per_token_logps, take_step  # noqa: E402
 from sft import SFTConfig, Study, Vocabulary, collate, encode_records, make_batch  # noqa: E402
-from vqgan import VQGAN, VQGANConfig, VectorQuantizer, stack, to_pixels  # noqa: E402
+from vqgan import VQGAN, VectorQuantizer, VQGANConfig  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHARES = {"report": 0.30, "generate": 0.40, "ask": 0.18, "segment": 0.12}
