@@ -901,7 +901,7 @@ NEGATION = re.compile(r"\b(?:no|not|without|negative for|free of)\b")   # denies
 def lexicon(records):
     """finding name -> phrases, for the findings named in a sequence of records."""
     if isinstance(records, Phantoms):
-        return PHRASES
+        return {name: PHRASES[name] for kinds in list(MODALITIES.values())[:records.modalities] for name in kinds}
     names = sorted({f.name for r in records for f in r.findings or ()})
     return {n: PHRASES.get(n, (" ".join(n.lower().replace("-", " ").split()),)) for n in names}
 

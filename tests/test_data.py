@@ -385,6 +385,7 @@ def test_read_findings_with_the_lexicon_of_real_records(text, expected):
 def test_lexicon_names_what_the_records_name():
     assert lexicon(REAL).keys() == {f.name for f in REAL[0].findings}
     assert lexicon(Phantoms("train", 1)) == PHRASES
+    assert lexicon(Phantoms("train", 1, modalities=1)).keys() == MODALITIES["chest radiograph"].keys()
     assert lexicon([replace(REAL[0], findings=None)]) == {}
 
 
