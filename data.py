@@ -16,13 +16,14 @@ dispreferred data. For consultation: how a phantom is drawn; folders of real ima
 """
 
 import csv
+import hashlib
 import io
 import json
 import os
 import re
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -662,7 +663,7 @@ def to_eight_bits(image):
 
 
 def row_record(row, root, size, channels):
-    """A record from one row of metadata (a dict). Raises BadRow."""
+    """A record from one row of metadata (a dict), its files checked and named in place of pixels. Raises BadRow."""
     if not isinstance(row, dict):
         raise BadRow("the row is not an object with named fields")
     text = row.get("text") or row.get("caption") or row.get("report") or ""
@@ -675,13 +676,36 @@ def row_record(row, root, size, channels):
     findings = row.get("findings")
     if findings is not None:
         findings = None if findings == "" else read_named(findings)
-    masks = {printable(structure.replace("_", " ")):
-             read_image(path_inside(root, file), size, channels, is_mask=True) > 127
+    masks = {printable(structure.replace("_", " ")): path_inside(root, file)
              for structure, file in read_masks(row.get("masks")).items()}
     subject = next((str(row[k]) for k in ("patient_id", "subject_id", "subject", "study_id") if row.get(k)), "")
-    return Record(read_image(path, size, channels), printable(" ".join(text.split())), row["file_name"], findings,
-                  masks, str(row.get("modality") or ""), str(row.get("body_part") or ""), questions,
-                  subject)
+    record = Record(path, printable(" ".join(text.split())), row["file_name"], findings, masks, str(row.get("modality") or ""),
+                    str(row.get("body_part") or ""), questions, subject)
+    read_pixels(record, size, channels)                # what cannot be read is found now
+    return record
+
+
+def read_pixels(record, size, channels):
+    """The same record with pixels, where it has paths of files. Raises BadRow."""
+    return replace(record, image=read_image(record.image, size, channels),
+                   masks={name: read_image(path, size, channels, is_mask=True) > 127 for name, path in record.masks.items()})
+
+
+class Folder:
+    """Records of real images, a sequence: the pixels of each are read when it is asked for, and not kept."""
+
+    def __init__(self, rows, size, channels):
+        """rows: Records with paths of files, once checked, in place of pixels."""
+        self.rows, self.size, self.channels = rows, size, channels
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        try:
+            return read_pixels(self.rows[index], self.size, self.channels)
+        except BadRow as why:
+            raise UserError(f"{self.rows[index].name} has changed since --data was read: {why}; start again")
 
 
 def read_masks(value):
@@ -825,7 +849,7 @@ def read_folder(folder, size, channels):
     tqdm.write(f"{folder}: {seen} layout, {n} read, {skipped.total()} skipped" + (f" ({causes})" if causes else ""))
     if n == 0:
         raise UserError(f"--data {folder}: no usable row ({causes or 'no rows at all'})")
-    return fill_splits(splits, folder)
+    return {split: Folder(rows, size, channels) for split, rows in fill_splits(splits, folder).items()}
 
 
 def fill_splits(splits, folder):
@@ -874,6 +898,15 @@ def check_data(trained_on, cfg, folder):
                         "another --out")
 
 
+def fingerprint(records):
+    """Twelve hex digits that name a sequence of records: a phantom's recipe, or all rows and the times of their images."""
+    digest = hashlib.sha256(repr(vars(records) if isinstance(records, Phantoms) else len(records)).encode())
+    for r in records.rows if isinstance(records, Folder) else ():
+        times = [path.stat().st_mtime_ns for path in (r.image, *r.masks.values())]
+        digest.update(repr((astuple(r), times)).encode("utf-8", "replace"))
+    return digest.hexdigest()[:12]
+
+
 def spread_indices(total, n):
     """min(n, total) indices, evenly spread over range(total): a folder may be sorted by modality."""
     return np.linspace(0, total, min(n, total), endpoint=False).astype(int)
@@ -902,7 +935,8 @@ def lexicon(records):
     """finding name -> phrases, for the findings named in a sequence of records."""
     if isinstance(records, Phantoms):
         return {name: PHRASES[name] for kinds in list(MODALITIES.values())[:records.modalities] for name in kinds}
-    names = sorted({f.name for r in records for f in r.findings or ()})
+    rows = records.rows if isinstance(records, Folder) else records
+    names = sorted({f.name for r in rows for f in r.findings or ()})
     return {n: PHRASES.get(n, (" ".join(n.lower().replace("-", " ").split()),)) for n in names}
 
 

@@ -59,12 +59,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import sft as sft_stage
-from data import DISTORTIONS, add_noise, check_data, data_name, distort, lexicon, open_data, spread_indices, statement_of
+from data import DISTORTIONS, add_noise, check_data, data_name, distort, lexicon, open_data, statement_of
 from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, cli, config_for, finish_stage, get_lr,
-                   init_run, make_optimizers, per_token_logps, read_tensors, run, run_flags, save_state, save_tuned,
+                   init_run, is_made_by, make_optimizers, per_token_logps, read_tensors, run, run_flags, save_state, save_tuned,
                    sequence_logps, set_lr, take_step, trained_parameters, weights_hash)
-from sft import (collate, dice, draw_masks, encode_records, load_gpt, load_vqgan, make_example, pick_task,
-                 response_loss, sample_words)
+from sft import (collate, dice, draw_masks, load_gpt, load_vqgan, make_example, open_studies, pick_task, response_loss,
+                 sample_words)
 from vqgan import encode_images
 
 
@@ -110,7 +110,6 @@ class DPOConfig(TuneConfig):
     sft_weight: float = arg(0.5, "λ_s: mean negative log-probability of chosen sequences, per token (sft: 1)")
     rehearsal_weight: float = arg(1.0, "λ_r: the same of questions, masks and emptied prompts")
     rehearsal_size: int = arg(32, "rehearsal sequences a step")
-    rehearsal_records: int = arg(4800, "training records that rehearsal draws from")
     lr: float = arg(5e-4, "peak learning rate of embeddings and norms (AdamW)")
     muon_lr: float = arg(2e-3, "peak learning rate of the matrices inside blocks (Muon)")
     log_every: int = arg(10, "steps between log lines")
@@ -119,7 +118,7 @@ class DPOConfig(TuneConfig):
 
 
 PRESETS = {"tiny": dict(steps=12, batch_size=4, pairs=32, rehearsal_size=4, proposals=3), "small": {},
-           "quick": dict(steps=60, pairs=800, candidates=3, rehearsal_size=16, rehearsal_records=500),
+           "quick": dict(steps=60, pairs=800, candidates=3, rehearsal_size=16),
            "base": dict(steps=2000, batch_size=32, pairs=40000, lr=1e-4, muon_lr=5e-4)}
 PUBLISHED = dict(beta=0.1, text_weight=1.0)
 # bidpo's defaults are the flags' own, found on phantoms; the others' are the papers' where they give one
@@ -323,15 +322,16 @@ def distorted_images(records, index, cfg, region):
     return list(images.values())
 
 
-def build_pairs(records, cfg, vqgan, region, autocast):
-    """Pairs from cfg.pairs records, those that have a text; no reports yet. region as `distort` wants it.
+def build_pairs(records, studies, cfg, vqgan, region, autocast):
+    """Pairs from cfg.pairs records, those that have a text; no reports yet. studies: the records' Studies; region as
+    `distort` wants it.
 
     A record makes as many as it has different distorted images. A pair whose two images have the same codes is
     dropped. Raises UserError if none is left."""
     order = np.random.default_rng([cfg.seed, 4]).permutation(len(records))[:cfg.pairs]
     pairs, dropped = [], Counter()
     for start in tqdm(range(0, len(order), 256), desc="building pairs", unit="batch", leave=False):
-        drafts = []                                           # (index, record, distorted image, kind)
+        drafts = []                                           # (index, record, distorted image, its kind)
         for index in map(int, order[start:start + 256]):
             record = records[index]
             images = distorted_images(records, index, cfg, region) if record.text else []
@@ -340,10 +340,9 @@ def build_pairs(records, cfg, vqgan, region, autocast):
                 dropped["which no distortion fits" if record.text else "without text"] += 1
         if not drafts:
             continue
-        genuine = encode_images([record.image for _, record, _, _ in drafts], vqgan, autocast)
         distorted = encode_images([image for _, _, image, _ in drafts], vqgan, autocast)
-        for (index, record, _, kind), codes, twin in zip(drafts, genuine, distorted):
-            if (codes == twin).all():
+        for (index, record, _, kind), twin in zip(drafts, distorted):
+            if ((codes := studies[index].codes) == twin).all():
                 dropped["whose codes the distortion left as they were"] += 1
             else:
                 pairs.append(Pair(index, record.name, kind, codes, twin, record.text))
@@ -518,12 +517,11 @@ def train(cfg):
     model, vocab, vqgan = load_sft(cfg, device)
     data = open_data(cfg)
     phrases, sequences = lexicon(data["train"]), sequences_of(cfg)
-    pairs = load_or_build_pairs(cfg, data["train"], phrases, vqgan, model, vocab, autocast)
+    studies = open_studies(cfg, data["train"], vqgan, autocast)
+    pairs = load_or_build_pairs(cfg, data["train"], studies, phrases, vqgan, model, vocab, autocast)
     set_responses(pairs, cfg)
     keep = {k: torch.tensor(v, device=device).float() for k, v in pairs_that_count(pairs, cfg, phrases).items()}
-    studies = encode_records([data["train"][int(i)] for i in spread_indices(len(data["train"]), cfg.rehearsal_records)],
-                             vqgan, cfg.seed, autocast, "encoding rehearsal")
-    studies = [s for s in studies if any(REHEARSAL[t] > 0 for t in s.tasks)]
+    studies = studies.serving([task for task, share in REHEARSAL.items() if share > 0])
     # all that is needed of the reference, so no second model: from here on this one is the policy
     reference_sums = sum_reference_logps(model, pairs, sequences, vocab, cfg, autocast)
     sft_hash = weights_hash(model)
@@ -687,14 +685,13 @@ def add_missing(pairs, cfg, records, phrases, model, vocab, vqgan):
     return bool(writers) or needs_entropy or needs_masks
 
 
-def load_or_build_pairs(cfg, records, phrases, vqgan, model, vocab, autocast):
+def load_or_build_pairs(cfg, records, studies, phrases, vqgan, model, vocab, autocast):
     """The pairs of this recipe, from out/pairs if it was made by the same one; what is missing there is added."""
     folder = Path(cfg.out) / "pairs"
     flags = ("seed", "records", "pairs", "candidates", "strength", "pair_temperature", "entropy_samples", "proposals")
     recipe = {k: getattr(cfg, k) for k in flags}
     recipe |= {"data": data_name(cfg), "distort": list(cfg.distort), "sft": weights_hash(model)}
-    found = (folder / "config.json").exists() and json.loads((folder / "config.json").read_text()) == recipe
-    if found:
+    if found := is_made_by(recipe, folder):
         pairs = read_pairs(folder)
         tqdm.write(f"{len(pairs)} pairs from {folder}")
     else:
@@ -702,7 +699,7 @@ def load_or_build_pairs(cfg, records, phrases, vqgan, model, vocab, autocast):
             tqdm.write(f"{folder} was made with other flags or another SFT model: building it anew; what was trained on the "
                        "old pairs stays as it is")
         region = lambda record: key_region(record, model, vocab, vqgan, autocast)
-        pairs = build_pairs(records, cfg, vqgan, region, autocast)
+        pairs = build_pairs(records, studies, cfg, vqgan, region, autocast)
         if cfg.candidates > 1:                              # all in wording 0, until set_responses draws it
             logps = sum_reference_logps(model, pairs, ("text_distorted",), vocab, cfg, autocast)["text_distorted"]
             pairs = least_noticed(pairs, logps.whole)
@@ -736,7 +733,7 @@ def check_flags(cfg):
         raise UserError(f"--q-min {cfg.q_min} is more than --q-max {cfg.q_max}: name them in this order")
     if name == "control" and cfg.objective != "sft":
         raise UserError("--name control is what others are compared with: it goes with --objective sft; name another")
-    if name in ("vqgan", "sft", "pairs", "reader", "eval", "..") or Path(name).name != name or Path(name).suffix:
+    if name in ("vqgan", "sft", "studies", "pairs", "reader", "eval", "..") or Path(name).name != name or Path(name).suffix:
         raise UserError(f"--name {name} is taken by another stage or is no plain name; name another")
     return name
 

@@ -716,6 +716,14 @@ def write_text(path, text):
     os.replace(new, path)
 
 
+def is_made_by(recipe, folder):
+    """Whether folder/config.json holds this recipe."""
+    try:
+        return json.loads((folder / "config.json").read_text()) == recipe
+    except (OSError, ValueError):
+        return False
+
+
 def weights_hash(model):
     """Twelve hex digits that name a set of weights."""
     digest = hashlib.sha256()

@@ -39,7 +39,8 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from data import (BODY_PHRASES, COMPANIONS, MODALITIES, MODALITY_PHRASES, BadRow, Finding, Phantoms, ask_whether, check_data,
-                  image_source, lexicon, match_findings, names_and_sides, open_data, read_findings, read_image, read_term)
+                  image_source, lexicon, match_findings, names_and_sides, open_data, read_findings, read_image, read_term,
+                  spread_indices)
 from model import (RunConfig, UserError, arg, batch_indices, cli, get_lr, init_run, load_folder, load_weights, read_log, run,
                    save_folder, set_lr, take_step, weights_hash, write_text)
 from dpo import read_pairs
@@ -378,7 +379,7 @@ def load_reader(data, cfg, device, autocast):
         train = data["train"]
         if isinstance(train, Phantoms):      # other patients than the models', and no bias
             train = Phantoms("reader", min(12000, cfg.records), cfg.seed, 0.0, cfg.image_size, cfg.modalities)
-        records = [train[i] for i in tqdm(range(len(train)), desc="the reader's images", leave=False)]
+        records = [train[int(i)] for i in tqdm(spread_indices(len(train), 12000), desc="the reader's images", leave=False)]
         if not train_reader(records, folder, cfg, device, autocast):
             return None
     config, tensors = load_folder(folder, "sample.py", ("kind", "reader"))

@@ -18,19 +18,22 @@ with the best val/f1 is kept, not the one with the lowest val/loss, which turns 
 
 import json
 import shutil
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 import vqgan as vqgan_stage
-from data import data_name, image_source, lexicon, match_findings, open_data, read_findings
+from data import Finding, data_name, fingerprint, image_source, lexicon, match_findings, open_data, read_findings
 from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, cli, config_for,
-                   finish_stage, folder_hash, generate, get_lr, init_run, make_optimizers, per_token_logps, run, run_flags,
-                   save_state, save_tuned, sequence_logps, set_lr, take_step, trained_parameters, weights_hash)
+                   finish_stage, folder_hash, generate, get_lr, init_run, is_made_by, make_optimizers, per_token_logps, run,
+                   run_flags, save_state, save_tuned, sequence_logps, set_lr, take_step, trained_parameters, weights_hash,
+                   write_tensors, write_text)
 from vqgan import VQGAN, encode_images
 
 
@@ -233,25 +236,29 @@ class Study:
     questions: tuple                 # of (question, answer)
     masks: tuple                     # of (structure, codes (N,)), at most MASKS_EACH
     findings: tuple | None
-    tasks: tuple                     # the tasks it serves
+
+    @property
+    def tasks(self):
+        """The tasks it serves."""
+        has = {"report": self.text, "generate": self.text, "ask": self.questions, "segment": self.masks}
+        return tuple(t for t in TASKS if has[t])
 
 
-def encode_records(records, vqgan, seed, autocast, title="encoding"):
-    """Records to Studies: images and up to MASKS_EACH randomly chosen masks through the image tokenizer."""
+def encode_records(records, span, vqgan, seed, autocast, title="encoding"):
+    """The Studies of records[i], i in span: images and up to MASKS_EACH randomly chosen masks through the image tokenizer."""
     studies = []
-    for start in tqdm(range(0, len(records), 256), desc=title, unit="batch", leave=False):
-        batch = [records[i] for i in range(start, min(start + 256, len(records)))]
+    for part in tqdm([span[i:i + 256] for i in range(0, len(span), 256)], desc=title, unit="batch", leave=False):
+        batch = [records[i] for i in part]
         images, structures = [r.image for r in batch], []
-        for i, record in enumerate(batch, start):
+        for i, record in zip(part, batch):
             order = np.random.default_rng([seed, 2, i]).permutation(sorted(record.masks))
             structures.append([str(name) for name in order[:MASKS_EACH]])
             images += [record.masks[name] * np.uint8(255) for name in structures[-1]]
         codes = encode_images(images, vqgan, autocast)
         mask_codes = iter(codes[len(batch):])
         for record, image_codes, names in zip(batch, codes, structures):
-            has = {"report": record.text, "generate": record.text, "ask": record.questions, "segment": names}
-            studies.append(Study(image_codes, record.text, record.questions, tuple((name, next(mask_codes)) for name in names),
-                                 record.findings, tuple(t for t in TASKS if has[t])))
+            masks = tuple((name, next(mask_codes)) for name in names)
+            studies.append(Study(image_codes, record.text, record.questions, masks, record.findings))
     return studies
 
 
@@ -343,12 +350,15 @@ def train(cfg):
         raise UserError(f"{cfg.out}/vqgan was trained on {vqgan.config.data}, not on {image_source(cfg)}: "
                         "name another --out, or remove the folder to train it again")
     data = open_data(cfg)
-    model, vocab, adapter = make_model(cfg, vqgan, data["train"], device)
-    studies = encode_records(data["train"], vqgan, cfg.seed, autocast, "encoding records")
-    studies = [s for s in studies if any(shares[t] > 0 for t in s.tasks)]
-    val = [data["val"][i] for i in range(min(cfg.val_records, len(data["val"])))]
-    val = encode_records(val, vqgan, cfg.seed, autocast, "encoding validation")
-    if not studies:
+    if cfg.init:                                             # what it refuses it refuses before the encoding
+        model, vocab, adapter = load_init(cfg, vqgan, device)
+    studies = open_studies(cfg, data["train"], vqgan, autocast)
+    if not cfg.init:
+        (model, vocab), adapter = new_model(cfg, vqgan, studies, device), None
+    describe(model.train(), vocab, vqgan, cfg)
+    studies = studies.serving([t for t in TASKS if shares[t] > 0])
+    val = encode_records(data["val"], range(min(cfg.val_records, len(data["val"]))), vqgan, cfg.seed, autocast)
+    if not len(studies):
         raise UserError("no training record serves a task whose share is above 0; raise --report-share or another")
 
     phrases, trained = lexicon(data["train"]), trained_parameters(model)
@@ -383,6 +393,70 @@ def train(cfg):
     vocab.save(folder)
     finish_stage(cfg, "sft")
     tqdm.write(f"wrote {cfg.out}/sft (best validation score {best_score:.3f})")
+
+
+# ---- For consultation: Studies on disk -----------------------------------------------------------
+
+STUDIES_EACH = 4096                  # in one file
+
+
+class Studies:
+    """The training records as Studies, a sequence on disk: each is read when it is asked for, so memory does not grow."""
+
+    def __init__(self, folder):
+        self.files = [safe_open(path, "np") for path in sorted(Path(folder).glob("*.safetensors"))]
+        self.tasks = np.concatenate([f.get_tensor("tasks") for f in self.files])        # (n, 4) bool, in the order of TASKS
+        self.indices = np.arange(len(self.tasks))
+
+    def serving(self, tasks):
+        """Those of them that serve at least one of the tasks."""
+        studies = copy(self)
+        studies.indices = self.indices[self.tasks[self.indices][:, [TASKS.index(t) for t in tasks]].any(axis=1)]
+        return studies
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, index):
+        k, i = divmod(int(self.indices[index]), STUDIES_EACH)
+        codes, masks, ends, rows = (self.files[k].get_slice(name) for name in ("codes", "masks", "ends", "rows"))
+        row = json.loads(bytes(rows[slice(*ends[i:i + 2])]))
+        findings = row["findings"] and tuple(Finding(*f) for f in row["findings"])
+        return Study(codes[i], row["text"], tuple(map(tuple, row["questions"])), tuple(zip(row["structures"], masks[i])), findings)
+
+
+def write_studies(path, studies):
+    """One file of Studies: codes and masks as arrays, all else as JSON, row after row."""
+    rows = [json.dumps({"text": s.text, "questions": s.questions, "structures": [name for name, _ in s.masks],
+                        "findings": s.findings and [(f.name, f.side) for f in s.findings]}).encode() for s in studies]
+    masks = np.zeros((len(studies), MASKS_EACH, len(studies[0].codes)), np.int16)
+    for row, study in zip(masks, studies):
+        for i, (_, codes) in enumerate(study.masks):
+            row[i] = codes
+    write_tensors(path, {k: torch.from_numpy(v) for k, v in {
+        "codes": np.stack([s.codes for s in studies]), "masks": masks,
+        "tasks": np.array([[t in s.tasks for t in TASKS] for s in studies]),
+        "ends": np.cumsum([0, *map(len, rows)]), "rows": np.frombuffer(b"".join(rows), np.uint8).copy()}.items()}, {})
+
+
+def open_studies(cfg, records, vqgan, autocast):
+    """The Studies of the training records in out/studies, encoded first where they are not there.
+
+    What a kill left is gone on with; those of other records or another image tokenizer are made anew."""
+    recipe = {"records": fingerprint(records), "vqgan": weights_hash(vqgan), "seed": cfg.seed}
+    folder, partial = Path(cfg.out) / "studies", Path(cfg.out) / "studies.partial"
+    if not is_made_by(recipe, folder):
+        if not is_made_by(recipe, partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            write_text(partial / "config.json", json.dumps(recipe) + "\n")
+        for k, start in enumerate(range(0, len(records), STUDIES_EACH)):
+            path, span = partial / f"{k:05}.safetensors", range(start, min(start + STUDIES_EACH, len(records)))
+            if not path.exists():
+                title = f"encoding records, {start:,} of {len(records):,}"
+                write_studies(path, encode_records(records, span, vqgan, cfg.seed, autocast, title))
+        finish_stage(cfg, "studies")
+    return Studies(folder)
 
 
 # ---- For consultation: loading what is on disk, and --init ---------------------------------------
@@ -453,6 +527,7 @@ def load_init(cfg, vqgan, device):
     if Path(cfg.out).resolve() in Path(cfg.init).resolve().parents:
         raise UserError(f"--init {cfg.init} lies in --out {cfg.out}, where this run would write over it or over its base: "
                         "name another --out")
+    torch.manual_seed(cfg.seed)
     model, first_new = GPT.from_pretrained(cfg.init, device), None
     if model.config.image_token_start is not None:
         check_vqgan(model, vqgan, cfg.init)
@@ -467,31 +542,30 @@ def load_init(cfg, vqgan, device):
     return model, vocab, add_lora(model, cfg, cfg.init, first_new) if cfg.lora_rank else None
 
 
-def all_texts(records):
-    """Every string of a sequence of records, for training the vocabulary."""
+def all_texts(studies):
+    """Every string of a sequence of Studies, for training the vocabulary."""
     yield from (w for words in INSTRUCTIONS.values() for w in words * 50)
-    for record in records:
-        yield record.text
-        for question_and_answer in record.questions:
+    for study in studies:
+        yield study.text
+        for question_and_answer in study.questions:
             yield from question_and_answer
-        yield from record.masks
+        yield from (structure for structure, _ in study.masks)
 
 
-def make_model(cfg, vqgan, records, device):
-    """The GPT to train, its Vocabulary and its Adapter or None: --init's, or random weights and the records' words."""
+def new_model(cfg, vqgan, studies, device):
+    """A GPT of random weights and its Vocabulary, of the Studies' words."""
     torch.manual_seed(cfg.seed)
-    if cfg.init:
-        model, vocab, adapter = load_init(cfg, vqgan, device)
-    else:
-        vocab, adapter = Vocabulary.train(all_texts(records), vqgan.config.codebook_size, cfg.text_vocab), None
-        model = GPT(GPTConfig(vocab.size, **SHAPES[cfg.preset])).to(device)
-    # the longest prompt with its response: two images, an instruction and a text
-    longest = 2 * vqgan.config.grid ** 2 + 2 * MAX_TEXT
+    vocab = Vocabulary.train(all_texts(studies), vqgan.config.codebook_size, cfg.text_vocab)
+    return GPT(GPTConfig(vocab.size, **SHAPES[cfg.preset])).to(device), vocab
+
+
+def describe(model, vocab, vqgan, cfg):
+    """Write into the model's config what it is made for: its special tokens, longest sequence, image tokenizer, data."""
+    longest = 2 * vqgan.config.grid ** 2 + 2 * MAX_TEXT      # two images, an instruction and a text
     vars(model.config).update(
         max_position_embeddings=max(longest, model.config.max_position_embeddings), pad_token_id=vocab.pad,
         bos_token_id=vocab.bos, eos_token_id=vocab.eos, image_token_start=vocab.image_start,
         vqgan_hash=weights_hash(vqgan), data=data_name(cfg))
-    return model.train(), vocab, adapter
 
 
 def main(argv=None):

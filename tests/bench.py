@@ -66,8 +66,8 @@ def a_batch(n=64):
     """ids and labels (n, T) of the four tasks in `small`'s shares, as stage 1 sees them, from phantoms and random codes."""
     records, rng = Phantoms("bench", n), np.random.default_rng(0)
     vocab = Vocabulary.train([r.text for r in records] * 9, 512)
-    studies = [Study(rng.integers(512, size=64), r.text, r.questions, (("heart", rng.integers(512, size=64)),), None,
-                     ("report", "generate", "ask", "segment")) for r in records]
+    studies = [Study(rng.integers(512, size=64), r.text, r.questions, (("heart", rng.integers(512, size=64)),), None)
+               for r in records]
     return make_batch(studies, SFTConfig(batch_size=n), SHARES, vocab, 0, DEVICE)
 
 
@@ -245,7 +245,7 @@ def drawing(autocast):
 def encoding(autocast):
     """Records to Studies: each image and up to two masks through the tokenizer."""
     vqgan, records = VQGAN(VQGANConfig()).to(DEVICE).eval(), list(Phantoms("bench", 128))
-    return {"ours": (lambda: encode_records(records, vqgan, 0, autocast), 128)}
+    return {"ours": (lambda: encode_records(records, range(128), vqgan, 0, autocast), 128)}
 
 
 def reports(autocast):

@@ -30,7 +30,7 @@ from model import UserError, cli, other_flags, read_log, read_progress, run, wri
 
 # Half the default length of stage 1, two thirds of stage 2's steps, pairs and rehearsal: minutes a recipe on one core.
 SCALE = {"vqgan": [], "sft": ["--steps", "1300", "--val-every", "130"],
-         "dpo": ["--steps", "200", "--pairs", "3200", "--rehearsal-records", "3200"],
+         "dpo": ["--steps", "200", "--pairs", "3200"],
          "sample": ["--n", "1000", "--seed", "7"]}
 TABLE = {"control": "--objective sft", "dpo": "--objective dpo", "bidpo": "", "bidpo-c2": "--conditional-weight 2",
          "bidpo-t0": "--text-weight 0 --sft-weight 1",       # no preference between reports, and the control's SFT term

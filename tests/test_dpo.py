@@ -14,7 +14,7 @@ import dpo
 from conftest import Blind, Means
 from data import PHRASES, Finding, Phantoms, Record
 from model import GPT, GPTConfig, UserError, cli, read_log, read_tensors, sequence_logps
-from sft import INSTRUCTIONS, Vocabulary
+from sft import INSTRUCTIONS, Vocabulary, encode_records
 from vqgan import stack, to_pixels
 
 VOCAB = Vocabulary.train(["Enlarged heart. No effusion. Normal."] * 3, codebook_size=8, text_size=300)
@@ -318,7 +318,9 @@ def test_the_log_tells_of_each_contrast_by_trls_names():
 
 def pairs_of(records, n=12, kinds=("noise", "mirror", "add"), seed=0, vqgan=None, candidates=1):
     cfg = dpo.DPOConfig(pairs=n, distort=kinds, seed=seed, candidates=candidates)
-    return dpo.build_pairs(records, cfg, vqgan or Means(), None, contextlib.nullcontext)
+    vqgan = vqgan or Means()
+    studies = encode_records(records, range(len(records)), vqgan, 0, contextlib.nullcontext)
+    return dpo.build_pairs(records, studies, cfg, vqgan, None, contextlib.nullcontext)
 
 
 def as_tuples(pairs):

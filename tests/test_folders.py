@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import data
-from data import BadRow, Finding, Record, fill_splits, names_and_sides, read_folder, read_image
+from data import BadRow, Finding, Record, fill_splits, fingerprint, names_and_sides, read_folder, read_image
 from model import UserError
 
 SHARED = Path(data.__file__).resolve().parent.parent / "shared" / "data"
@@ -278,6 +278,18 @@ def test_a_split_that_is_filled_is_the_same_every_time(tmp_path):
 def test_too_few_subjects_is_a_user_error(tmp_path, good):
     with pytest.raises(UserError, match=f"--data {tmp_path}: 1 "):    # of two, one is left for the second split
         read_folder(image_folder(tmp_path, [], good=good), 32, 1)
+
+
+def test_pixels_are_read_when_asked_for_and_a_change_is_told(tmp_path):
+    folder = image_folder(tmp_path, [], good=9)
+    records = read_folder(folder, 32, 1)["train"]
+    first, before = records[0].image, fingerprint(records)
+    assert all(isinstance(r.image, Path) for r in records.rows) and fingerprint(records) == before
+    Image.fromarray(255 - first).save(records.rows[0].image)
+    assert np.array_equal(records[0].image, 255 - first) and fingerprint(records) != before
+    records.rows[0].image.write_bytes(b"")
+    with pytest.raises(UserError, match=f"{records.rows[0].name}.*empty"):
+        records[0]
 
 
 # ---- Folders that cannot be used -----------------------------------------------------------------

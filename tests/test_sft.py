@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import sft
 from conftest import Means, figures_of
-from data import PHRASES, Finding, Phantoms, Record, phantom_spec, write_report
+from data import PHRASES, Finding, Phantoms, Record, names_and_sides, phantom_spec, write_report
 from model import (GPT, SHARED_PRESETS, GPTConfig, UserError, cli, per_token_logps, read_tensors, save_state,
                    sequence_logps, take_step)
 from sft import (INSTRUCTIONS, MASKS_EACH, MAX_TEXT, TASKS, Study, Vocabulary, collate, dice, encode_records,
@@ -22,7 +23,7 @@ K = 16                                                     # image codes
 REPORTS = [write_report(phantom_spec(0, "train", i, 0.9)) for i in range(60)]
 VOCAB = Vocabulary.train([*sft.all_texts(()), *REPORTS], K, text_size=400)
 STUDY = Study(np.arange(9), "Chest radiograph. Enlarged heart.", (("Is there a nodule?", "No."),),
-              (("heart", np.arange(9)[::-1]),), (Finding("cardiomegaly"),), TASKS)
+              (("heart", np.arange(9)[::-1]),), (Finding("cardiomegaly"),))
 SHARES = dict.fromkeys(TASKS, 0.25)
 
 
@@ -150,8 +151,8 @@ def test_prompts_and_responses_by_hand(vocab):
 
 
 def test_all_texts_holds_whatever_a_model_will_read():
-    record = Record(np.zeros((4, 4)), "T.", "", masks={"heart": 0, "left lung": 0}, questions=(("Q?", "A."),))
-    texts = list(sft.all_texts([record]))
+    study = Study(np.zeros(4), "T.", (("Q?", "A."),), (("heart", 0), ("left lung", 0)), None)
+    texts = list(sft.all_texts([study]))
     assert texts[-5:] == ["T.", "Q?", "A.", "heart", "left lung"]
     assert set(texts[:-5]) == {words for wordings in INSTRUCTIONS.values() for words in wordings}
 
@@ -223,7 +224,7 @@ def test_dice_by_hand():
 
 def test_encode_records_pairs_masks_with_their_own_codes():
     records = [Phantoms("train", 20)[i] for i in range(20)]
-    studies = encode_records(records, Means(), 0, contextlib.nullcontext)
+    studies = encode_records(records, range(20), Means(), 0, contextlib.nullcontext)
     for record, study in zip(records, studies, strict=True):
         code = lambda image: Means().encode(to_pixels(stack([image], 1)))[0].numpy()
         assert np.array_equal(study.codes, code(record.image))
@@ -235,8 +236,53 @@ def test_encode_records_pairs_masks_with_their_own_codes():
 def test_a_study_serves_only_the_tasks_that_it_has_data_for():
     plain = Record(np.zeros((16, 16), np.uint8), "Words.", "a")
     asked = Record(np.zeros((16, 16), np.uint8), "", "b", questions=(("Q?", "A."),))
-    first, second = encode_records([plain, asked], Means(), 0, contextlib.nullcontext)
+    first, second = encode_records([plain, asked], range(2), Means(), 0, contextlib.nullcontext)
     assert first.tasks == ("report", "generate") and second.tasks == ("ask",)
+
+
+def open_phantoms(out, monkeypatch, n=20, seed=0, encode=encode_records):
+    """The Studies of n phantoms in out/studies, eight in a file."""
+    monkeypatch.setattr(sft, "STUDIES_EACH", 8)
+    monkeypatch.setattr(sft, "weights_hash", lambda model: type(model).__name__)
+    monkeypatch.setattr(sft, "encode_records", encode)
+    return sft.open_studies(sft.SFTConfig(out=str(out), seed=seed), Phantoms("train", n, seed), Means(), contextlib.nullcontext)
+
+
+def test_studies_on_disk_are_those_that_were_encoded(tmp_path, monkeypatch):
+    stored = open_phantoms(tmp_path, monkeypatch)
+    assert len(list((tmp_path / "studies").glob("*.safetensors"))) == 3 and len(stored) == 20
+    for a, b in zip(stored, encode_records(Phantoms("train", 20), range(20), Means(), 0, contextlib.nullcontext), strict=True):
+        assert (a.text, a.questions, a.tasks) == (b.text, b.questions, b.tasks)
+        assert np.array_equal(a.codes, b.codes) and names_and_sides(a.findings) == names_and_sides(b.findings)
+        assert [(n, c.tolist()) for n, c in a.masks] == [(n, c.tolist()) for n, c in b.masks]
+
+
+def test_studies_are_encoded_once_and_anew_for_other_records(tmp_path, monkeypatch):
+    first = [s.text for s in open_phantoms(tmp_path, monkeypatch)]
+    assert [s.text for s in open_phantoms(tmp_path, monkeypatch, encode=None)] == first
+    assert [s.text for s in open_phantoms(tmp_path, monkeypatch, seed=1)] != first
+
+
+def test_encoding_goes_on_after_a_kill(tmp_path, monkeypatch):
+    def killed(records, span, *rest):
+        if span.start:
+            raise KeyboardInterrupt
+        return encode_records(records, span, *rest)
+    with pytest.raises(KeyboardInterrupt):
+        open_phantoms(tmp_path, monkeypatch, encode=killed)
+    spans = []
+    whole = open_phantoms(tmp_path, monkeypatch, encode=lambda r, span, *x: spans.append(span) or encode_records(r, span, *x))
+    assert spans == [range(8, 16), range(16, 20)]
+    assert [s.text for s in whole] == [r.text for r in Phantoms("train", 20)] and not (tmp_path / "studies.partial").exists()
+
+
+def test_serving_leaves_out_what_has_no_data_for_the_tasks(tmp_path):
+    plain, asked = (replace(STUDY, text=t, questions=q, masks=()) for t, q in (("Words.", ()), ("", (("Q?", "A."),))))
+    sft.write_studies(tmp_path / "0.safetensors", [plain, asked, STUDY])
+    studies = sft.Studies(tmp_path)
+    texts = lambda *tasks: [s.text for s in studies.serving(tasks)]
+    assert texts("segment") == [STUDY.text] and texts("ask", "segment") == ["", STUDY.text]
+    assert [s.text for s in studies.serving(("report",)).serving(("ask",))] == [STUDY.text] and texts() == []
 
 
 def test_make_example_report():
@@ -295,7 +341,7 @@ def test_labels_are_exactly_the_response_and_the_rest_is_padding():
 def test_a_report_of_any_length_fits_a_row():
     """Of a text far too long MAX_TEXT tokens are left, and <eos>."""
     VOCAB.has_cut = True                                   # it has said so before
-    long = Study(np.arange(9), "Haemorrhage. " * 500, (), (), None, ("report",))
+    long = Study(np.arange(9), "Haemorrhage. " * 500, (), (), None)
     ids, labels = collate([make_example(s, "report", VOCAB, rng()) for s in (long, STUDY)], VOCAB.pad)
     assert (labels[0] != -100).sum() == MAX_TEXT + 1 and labels[0, -1] == VOCAB.eos and ids.shape == labels.shape
 
@@ -304,7 +350,7 @@ def test_tasks_follow_their_shares_and_the_record():
     shares, chance = {"report": 0.6, "generate": 0.4, "ask": 0.0, "segment": 0.0}, rng()
     drawn = [sft.pick_task(STUDY, shares, chance) for _ in range(2000)]
     assert drawn.count("report") / 2000 == pytest.approx(0.6, abs=0.04) and set(drawn) == {"report", "generate"}
-    only = Study(*list(vars(STUDY).values())[:5], tasks=("ask",))
+    only = replace(STUDY, text="", masks=())
     assert sft.pick_task(only, SHARES, chance) == "ask"
 
 
@@ -350,7 +396,7 @@ def test_one_batch_overfits(model):
 
 def test_validation_by_hand(model, monkeypatch):
     """Loss per token of each task that a study serves, and F1 of greedy reports where findings are known."""
-    unknown = Study(np.arange(9), "Normal chest radiograph.", (), (), None, ("report", "generate"))
+    unknown = Study(np.arange(9), "Normal chest radiograph.", (), (), None)
     monkeypatch.setattr(sft, "write_reports", lambda model, vocab, codes: ["Enlarged heart. Left nodule."] * len(codes))
     found = sft.validate(model, [STUDY, unknown], VOCAB, PHRASES)
     draw, reports = rng(0), []
