@@ -60,9 +60,10 @@ from tqdm import tqdm
 
 import sft as sft_stage
 from data import DISTORTIONS, add_noise, check_data, data_name, distort, lexicon, open_data, statement_of
-from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, cli, config_for, finish_stage, get_lr,
-                   init_run, is_made_by, make_optimizers, per_token_logps, read_tensors, run, run_flags, save_state, save_tuned,
-                   sequence_logps, set_lr, take_step, trained_parameters, weights_hash)
+from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, cli, config_for, finish_stage,
+                   gather, get_lr, init_run, is_made_by, make_optimizers, own, per_token_logps, process, read_tensors, run,
+                   run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out, take_step, trained_parameters,
+                   weights_hash)
 from sft import (collate, dice, draw_masks, load_gpt, load_vqgan, make_example, open_studies, pick_task, response_loss,
                  sample_words)
 from vqgan import encode_images
@@ -328,24 +329,25 @@ def build_pairs(records, studies, cfg, vqgan, region, autocast):
 
     A record makes as many as it has different distorted images. A pair whose two images have the same codes is
     dropped. Raises UserError if none is left."""
-    order = np.random.default_rng([cfg.seed, 4]).permutation(len(records))[:cfg.pairs]
-    pairs, dropped = [], Counter()
-    for start in tqdm(range(0, len(order), 256), desc="building pairs", unit="batch", leave=False):
-        drafts = []                                           # (index, record, distorted image, its kind)
-        for index in map(int, order[start:start + 256]):
+    def draft(batch):                            # of some records: their pairs, and why others make none
+        drafts, dropped = [], Counter()          # (index, record, distorted image, its kind)
+        for index in map(int, batch):
             record = records[index]
             images = distorted_images(records, index, cfg, region) if record.text else []
             drafts += [(index, record, *image_and_kind) for image_and_kind in images]
             if not images:
                 dropped["which no distortion fits" if record.text else "without text"] += 1
-        if not drafts:
-            continue
-        distorted = encode_images([image for _, _, image, _ in drafts], vqgan, autocast)
-        for (index, record, _, kind), twin in zip(drafts, distorted):
-            if ((codes := studies[index].codes) == twin).all():
-                dropped["whose codes the distortion left as they were"] += 1
-            else:
-                pairs.append(Pair(index, record.name, kind, codes, twin, record.text))
+        twins = encode_images([image for _, _, image, _ in drafts], vqgan, autocast) if drafts else ()
+        pairs = [Pair(index, record.name, kind, studies[index].codes, twin, record.text)
+                 for (index, record, _, kind), twin in zip(drafts, twins)]
+        differing = [p for p in pairs if (p.codes != p.distorted).any()]
+        dropped["whose codes the distortion left as they were"] = len(pairs) - len(differing)
+        return differing, dropped
+
+    order = np.random.default_rng([cfg.seed, 4]).permutation(len(records))[:cfg.pairs]
+    batches = [order[i:i + 256] for i in range(0, len(order), 256)]
+    parts, causes = zip(*share_out(draft, batches, "building pairs"))
+    pairs, dropped = sum(parts, []), sum(causes, Counter())            # which leaves out causes that count 0
     counts = ", ".join(f"{c} {why}" for why, c in dropped.items())
     if not pairs:
         raise UserError(f"no usable preference pair: dropped {counts or 'nothing, there are no records'}; try another "
@@ -374,11 +376,10 @@ def least_noticed(pairs, logps):
 
 def sample_reports(pairs, writer, model, vocab, cfg, seed):
     """What the SFT model writes, sampled from one of WRITERS' prompts for each pair: a list of strings."""
-    texts = []
-    for start in tqdm(range(0, len(pairs), 256), desc=f"reports, {writer}", unit="batch", leave=False):
+    def sample(start):
         prompts = [WRITERS[writer](p, vocab) for p in pairs[start:start + 256]]
-        texts += sample_words(model, vocab, prompts, cfg.pair_temperature, seed + start)
-    return texts
+        return sample_words(model, vocab, prompts, cfg.pair_temperature, seed + start)
+    return sum(share_out(sample, range(0, len(pairs), 256), f"reports, {writer}"), [])
 
 
 def set_responses(pairs, cfg):
@@ -457,12 +458,13 @@ def sum_logps(model, ids, labels, sequences):
 @torch.no_grad()
 def sum_reference_logps(model, pairs, sequences, vocab, cfg, autocast):
     """log π_ref of every pair, {sequence: Sums of (n,)}; once, before the loop."""
-    chunks = []
-    for start in tqdm(range(0, len(pairs), cfg.batch_size), desc="reference", unit="batch", leave=False):
+    def score(start):
         indices = range(start, min(start + cfg.batch_size, len(pairs)))
         with autocast():
-            chunks.append(sum_logps(model, *pair_batch(pairs, indices, sequences, vocab, model.device), sequences))
-    return {s: Sums(*(torch.cat(parts) for parts in zip(*(chunk[s] for chunk in chunks)))) for s in sequences}
+            sums = sum_logps(model, *pair_batch(pairs, indices, sequences, vocab, model.device), sequences)
+        return torch.stack([torch.stack(sums[s]) for s in sequences]).cpu()                           # (S, 4, B)
+    whole = torch.cat(share_out(score, range(0, len(pairs), cfg.batch_size), "reference"), dim=-1).to(model.device)
+    return {s: Sums(*sums) for s, sums in zip(sequences, whole)}
 
 
 def log_ratios(policy_sums, reference_sums, indices):
@@ -482,7 +484,7 @@ def rehearsal_batch(studies, cfg, vocab, step, device):
     rng = np.random.default_rng([cfg.seed, 7, step])
     studies = [studies[i] for i in batch_indices(len(studies), cfg.rehearsal_size, step, cfg.seed)]
     examples = [make_example(s, pick_task(s, REHEARSAL, rng), vocab, rng, empty_share=1.0) for s in studies]
-    return collate(examples, vocab.pad, device)
+    return collate(own(examples), vocab.pad, device)
 
 
 def pick_pairs(pairs, cfg, step):
@@ -527,6 +529,7 @@ def train(cfg):
     sft_hash = weights_hash(model)
     adapter = add_lora(model, cfg, Path(cfg.out) / "sft") if cfg.lora_rank else None
     model.train()
+    model.recompute = cfg.recompute
     trained = trained_parameters(model)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, weight_decay=0.0)
     folder, progress = begin_stage(cfg, name, [trained], optimizers)
@@ -539,8 +542,9 @@ def train(cfg):
         torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike
         indices = torch.as_tensor(pick_pairs(pairs, cfg, step), device=device)
         with autocast():
-            policy_sums = sum_logps(model, *pair_batch(pairs, indices.tolist(), sequences, vocab, device), sequences)
+            policy_sums = sum_logps(model, *pair_batch(pairs, own(indices).tolist(), sequences, vocab, device), sequences)
             rehearsal = response_loss(model, *rehearsal_batch(studies, cfg, vocab, step, device))
+        policy_sums = {k: Sums(*map(gather, sums)) for k, sums in policy_sums.items()}     # of all processes' pairs
         ratios = log_ratios(policy_sums, reference_sums, indices)
         preference, terms, contrasts = objective_loss(ratios, {k: v[indices] for k, v in keep.items()}, cfg)
         nll = -sum(policy_sums[k].whole.sum() for k in CHOSEN) / sum(policy_sums[k].tokens.sum() for k in CHOSEN)
@@ -649,6 +653,8 @@ def read_pairs(folder):
 
 def write_pairs(cfg, pairs, recipe):
     """out/pairs: config.json, codes.safetensors, and pairs.jsonl for people to read."""
+    if process() > 0:
+        return finish_stage(cfg, "pairs")
     new = Path(cfg.out) / "pairs.partial"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()

@@ -22,10 +22,13 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partialmethod, wraps
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -177,6 +180,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.recompute = False        # training: keep no activations, compute those of a few rows at a time once more
         self.model = Backbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -257,6 +261,17 @@ def token_logps(model, h, targets):
     return -F.cross_entropy(model.head(h).float(), targets, reduction="none")
 
 
+def response_logps(model, ids, labels):
+    """Log-probabilities (n,) of the n response tokens of ids (B, T), row after row, and where they stand: (row, place)."""
+    b, t = (labels[:, 1:] != -100).nonzero(as_tuple=True)          # place t says what the token at t + 1 is
+    h, targets = model.model(ids)[b, t], labels[b, t + 1]           # (n, hidden_size)
+    n = max(1, MOST_LOGITS // model.config.vocab_size)
+    if len(h) <= n:
+        return token_logps(model, h, targets), b, t
+    pieces = [checkpoint(token_logps, model, *p, use_reentrant=False) for p in zip(h.split(n), targets.split(n))]
+    return torch.cat(pieces), b, t
+
+
 def per_token_logps(model, ids, labels, rows=None):
     """Log-probability of each response token, in nats, given everything before it.
 
@@ -270,14 +285,10 @@ def per_token_logps(model, ids, labels, rows=None):
     logps = torch.zeros(len(ids), ids.size(1) - 1, device=ids.device)
     lengths = ids.size(1) - (labels.flip(1) != -100).int().argmax(dim=1)          # up to the last response token
     for part in lengths.argsort(stable=True).split(rows):
-        b, t = (labels[part, 1:] != -100).nonzero(as_tuple=True)        # position t says what the token at t + 1 is
-        h = model.model(ids[part, :int(lengths[part].max())])[b, t]     # (n, hidden_size)
-        targets = labels[part[b], t + 1]
-        n = max(1, MOST_LOGITS // model.config.vocab_size)
-        pieces = list(zip(h.split(n), targets.split(n)))
-        counted = [checkpoint(token_logps, model, *p, use_reentrant=False) if len(pieces) > 1 else token_logps(model, *p)
-                   for p in pieces]
-        logps = logps.index_put((part[b], t), torch.cat(counted))
+        end = int(lengths[part].max())
+        inputs = model, ids[part, :end], labels[part, :end]
+        found, b, t = checkpoint(response_logps, *inputs, use_reentrant=False) if model.recompute else response_logps(*inputs)
+        logps = logps.index_put((part[b], t), found)
     return logps
 
 
@@ -424,6 +435,7 @@ def run(main):
     try:
         main()
     except UserError as error:
+        time.sleep(5 if process() > 0 else 0)      # the first process has said the same by then, and torchrun has ended this one
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -465,6 +477,8 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class TuneConfig(RunConfig):
     """Flags of the stages that train a GPT."""
 
+    recompute: bool = arg(False, "keep no activations but compute them again, 64 sequences (CPU: 16) at a time: a third more "
+                          "time, and a batch of any size fits into memory")
     lora_rank: int = arg(0, "rank r of LoRA's adapters; 0: train every weight", least=0)
     lora_alpha: float = arg(16.0, "what adapters add counts alpha/r")
     lora_dropout: float = arg(0.0, "share of an adapter's inputs that training drops", most=0.99)
@@ -538,6 +552,8 @@ def config_for(Config, cfg, **changes):
 def init_run(cfg):
     """Seed everything; return (device, autocast), autocast() being a context for forward passes."""
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if "TORCHELASTIC_RUN_ID" in os.environ:                # torchrun started this process
+        device = join_processes(cfg, device)
     try:
         device = torch.device(device)
         torch.zeros(1, device=device)
@@ -554,6 +570,90 @@ def init_run(cfg):
     except OSError as error:
         raise UserError(f"--out {cfg.out} cannot be written ({error.strerror}); name a folder of your own")
     return device, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+
+# `torchrun --nproc-per-node 4 dpo.py`, on one machine or several. Each process takes its slice of every batch; `gather` makes
+# the whole batch's figures of it, so that each computes the same loss, and `take_step` adds up the gradients. The first
+# process alone writes.
+
+
+def process():
+    """The number of this process, 0 where there is but one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes():
+    """How many processes share the work."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(cfg, device):
+    """Meet the other processes of torchrun, once; returns this one's device. Raises UserError for unequal slices."""
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
+        if process() > 0:                                  # only the first one speaks
+            sys.stdout = open(os.devnull, "w")
+            tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    for field in ("batch_size", "rehearsal_size"):
+        if getattr(cfg, field, 0) % processes():
+            raise UserError(f"--{field.replace('_', '-')} {getattr(cfg, field)} is no multiple of the {processes()} processes")
+    return device
+
+
+def first_alone(function):
+    """The same function, which does nothing in all processes but the first."""
+    @wraps(function)
+    def call(*args, **options):
+        if process() == 0:
+            function(*args, **options)
+    return call
+
+
+def wait():
+    """Wait until all processes have come this far: what the first one has written is read next."""
+    if processes() > 1:
+        dist.barrier()
+
+
+def own(rows):
+    """This process's slice of a batch."""
+    n = len(rows) // processes()
+    return rows[process() * n:(process() + 1) * n]
+
+
+def gather(x):
+    """The rows (B, ...) of all processes' slices. Gradients reach a process's own rows alone: their sum over the processes is
+    the gradient of a loss that is computed of all rows."""
+    if processes() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(processes())]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[process()] = x
+    return torch.cat(parts)
+
+
+def sum_over_processes(tensors):
+    """Add up tensors over all processes, in place and in one message."""
+    if processes() > 1:
+        whole = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(whole)
+        for x, part in zip(tensors, whole.split([x.numel() for x in tensors])):
+            x.copy_(part.view_as(x))
+
+
+def share_out(function, items, title):
+    """[function(item) of all items], each process doing a part of them; with a bar of this title."""
+    done = [function(item) for item in tqdm(items[process()::processes()], desc=title, unit="batch", leave=False)]
+    if processes() == 1:
+        return done
+    parts = [None] * processes()
+    dist.all_gather_object(parts, done)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(len(items))]
 
 
 # ---- Optimizers, learning rate, batches ----------------------------------------------------------
@@ -610,10 +710,14 @@ def make_optimizers(model, lr, muon_lr, weight_decay):
 
 
 def take_step(loss, parameters, optimizers, clip=math.inf):
-    """One step of the optimizers down the loss's gradient, cut to a norm of `clip`; returns its norm before that."""
+    """One step of the optimizers down the loss's gradient, cut to a norm of `clip`; returns its norm before that.
+
+    With several processes the gradient is the sum of theirs."""
+    parameters = list(parameters)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    sum_over_processes([p.grad for p in parameters if p.grad is not None])
     grad_norm = nn.utils.clip_grad_norm_(parameters, clip)
     for optimizer in optimizers:
         optimizer.step()
@@ -646,6 +750,7 @@ def batch_indices(n, batch_size, step, seed):
 # ---- Folders of models on disk -------------------------------------------------------------------
 
 
+@first_alone
 def save_folder(folder, config, tensors):
     """Write config.json and model.safetensors into folder, each whole or not at all."""
     folder = Path(folder)
@@ -754,6 +859,7 @@ def trained_parameters(model):
     return nn.ParameterList(p for p in model.parameters() if p.requires_grad)
 
 
+@first_alone
 def save_state(folder, step, models, optimizers, **progress):
     """Everything a continuation needs, in folder/state.safetensors: weights, optimizers, step, and what else is said."""
     tensors = {f"model.{i}.{k}": v for i, m in enumerate(models) for k, v in m.state_dict().items()}
@@ -813,13 +919,13 @@ def begin_stage(cfg, name, models, optimizers):
             raise UserError(f"--resume: {source} has {progress['step']} steps behind it, --steps {cfg.steps} is less; "
                             "name more, or leave out --resume")
         if source == final:
-            shutil.copytree(final, partial, dirs_exist_ok=True)
+            first_alone(shutil.copytree)(final, partial, dirs_exist_ok=True)
         return partial, progress
     if cfg.resume:
         tqdm.write(f"{final}: no saved step to resume from, starting at 0")
     elif (partial / "state.safetensors").exists():
         tqdm.write(f"{partial} holds an unfinished run; starting over (--resume would have gone on)")
-    shutil.rmtree(partial, ignore_errors=True)
+    first_alone(shutil.rmtree)(partial, ignore_errors=True)
     return partial, {}
 
 
@@ -832,11 +938,13 @@ def read_log(path):
 def finish_stage(cfg, name):
     """Rename out/NAME.partial to out/NAME; an older out/NAME goes only when the new one is in place."""
     final, partial, old = (Path(cfg.out) / f"{name}{end}" for end in ("", ".partial", ".old"))
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(partial, final)
-    shutil.rmtree(old, ignore_errors=True)
+    if process() == 0:
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            os.replace(final, old)
+        os.replace(partial, final)
+        shutil.rmtree(old, ignore_errors=True)
+    wait()
 
 
 class Log:
@@ -848,7 +956,7 @@ class Log:
         """Lines of an earlier run from step `start` on are dropped, the rest kept."""
         self.path = Path(path)
         kept = [row for row in read_log(self.path) if row["step"] < start]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        first_alone(write_text)(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.began = time.time() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
         self.bar = tqdm(total=steps, initial=start, desc=title, unit="step", dynamic_ncols=True)
 
@@ -857,8 +965,9 @@ class Log:
         metrics = {k: round(v.item() if isinstance(v, torch.Tensor) else float(v), 6) for k, v in metrics.items()}
         if not math.isfinite(metrics.get("loss", 0.0)):
             raise UserError(f"the loss is {metrics['loss']} at step {step}: training diverged; lower the learning rates")
-        with self.path.open("a") as f:
-            f.write(json.dumps({"step": step, **metrics, "seconds": round(time.time() - self.began, 1)}) + "\n")
+        if process() == 0:
+            with self.path.open("a") as f:
+                f.write(json.dumps({"step": step, **metrics, "seconds": round(time.time() - self.began, 1)}) + "\n")
         self.bar.set_postfix({k: f"{metrics[k]:.4g}" for k in show if k in metrics}, refresh=False)
 
     def close(self):
@@ -923,6 +1032,7 @@ def merged_state(model):
     return state
 
 
+@first_alone
 def save_adapter(folder, model, cfg, adapter):
     """Write what add_lora lets train, in PEFT's format and names, beside the config.json of the whole model."""
     state = {k: v for k, v in model.state_dict().items() if ".lora_" in k}

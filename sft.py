@@ -31,9 +31,9 @@ from tqdm import tqdm
 import vqgan as vqgan_stage
 from data import Finding, data_name, fingerprint, image_source, lexicon, match_findings, open_data, read_findings
 from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, cli, config_for,
-                   finish_stage, folder_hash, generate, get_lr, init_run, is_made_by, make_optimizers, per_token_logps, run,
-                   run_flags, save_state, save_tuned, sequence_logps, set_lr, take_step, trained_parameters, weights_hash,
-                   write_tensors, write_text)
+                   finish_stage, first_alone, folder_hash, gather, generate, get_lr, init_run, is_made_by, make_optimizers, own,
+                   process, processes, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, take_step,
+                   trained_parameters, wait, weights_hash, write_tensors, write_text)
 from vqgan import VQGAN, encode_images
 
 
@@ -159,6 +159,7 @@ class Vocabulary:
         """A response in codes, and the </image> after them."""
         return [*self.codes_to_ids(codes), self.eoi]
 
+    @first_alone
     def save(self, folder):
         """Write tokenizer.json and the few names that transformers' AutoTokenizer asks for."""
         self.tokenizer.save(str(Path(folder) / "tokenizer.json"))
@@ -299,19 +300,22 @@ def pick_task(study, shares, rng):
 
 
 def make_batch(studies, cfg, shares, vocab, step, device):
-    """The batch of a step: ids and labels (B, T), drawn from (seed, step) alone, so a resumed run sees the same."""
+    """The batch of a step: ids and labels (B, T), drawn from (seed, step) alone, so a resumed run sees the same.
+
+    With several processes B is this one's slice."""
     rng = np.random.default_rng([cfg.seed, 3, step])
     chosen = [studies[i] for i in batch_indices(len(studies), cfg.batch_size, step, cfg.seed)]
     examples = [make_example(s, pick_task(s, shares, rng), vocab, rng, cfg.empty_share) for s in chosen]
-    return collate(examples, vocab.pad, device)
+    return collate(own(examples), vocab.pad, device)
 
 
 # ---- The lesson: training ------------------------------------------------------------------------
 
 
 def response_loss(model, ids, labels):
-    """Mean negative log-probability of the response tokens, in nats a token."""
-    return -per_token_logps(model, ids, labels).sum() / (labels[:, 1:] != -100).sum()
+    """Mean negative log-probability of the response tokens, in nats a token; with several processes of all their rows."""
+    counted = (labels[:, 1:] != -100).sum(dim=1)
+    return -gather(sequence_logps(model, ids, labels)).sum() / gather(counted).sum()
 
 
 @torch.no_grad()
@@ -356,6 +360,7 @@ def train(cfg):
     if not cfg.init:
         (model, vocab), adapter = new_model(cfg, vqgan, studies, device), None
     describe(model.train(), vocab, vqgan, cfg)
+    model.recompute = cfg.recompute
     studies = studies.serving([t for t in TASKS if shares[t] > 0])
     val = encode_records(data["val"], range(min(cfg.val_records, len(data["val"]))), vqgan, cfg.seed, autocast)
     if not len(studies):
@@ -446,15 +451,17 @@ def open_studies(cfg, records, vqgan, autocast):
     recipe = {"records": fingerprint(records), "vqgan": weights_hash(vqgan), "seed": cfg.seed}
     folder, partial = Path(cfg.out) / "studies", Path(cfg.out) / "studies.partial"
     if not is_made_by(recipe, folder):
-        if not is_made_by(recipe, partial):
+        if process() == 0 and not is_made_by(recipe, partial):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             write_text(partial / "config.json", json.dumps(recipe) + "\n")
-        for k, start in enumerate(range(0, len(records), STUDIES_EACH)):
-            path, span = partial / f"{k:05}.safetensors", range(start, min(start + STUDIES_EACH, len(records)))
+        wait()
+        for start in range(0, len(records), STUDIES_EACH)[process()::processes()]:
+            path, span = partial / f"{start:09}.safetensors", range(start, min(start + STUDIES_EACH, len(records)))
             if not path.exists():
                 title = f"encoding records, {start:,} of {len(records):,}"
                 write_studies(path, encode_records(records, span, vqgan, cfg.seed, autocast, title))
+        wait()
         finish_stage(cfg, "studies")
     return Studies(folder)
 

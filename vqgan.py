@@ -32,8 +32,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import image_source, open_data, spread_indices
-from model import (Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage, get_lr, init_run,
-                   load_folder, load_weights, make_config, run, run_flags, save_folder, save_state, set_lr, take_step)
+from model import (Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage, gather, get_lr, init_run,
+                   load_folder, load_weights, make_config, own, processes, run, run_flags, save_folder, save_state, set_lr,
+                   sum_over_processes, take_step)
 
 
 @dataclass
@@ -244,6 +245,7 @@ def adaptive_weight(rec_loss, g_loss, last):
     """λ = ‖∇ rec_loss‖ / (‖∇ g_loss‖ + 1e-6) at the decoder's last weight (Eq. 7, arXiv:2012.09841)."""
     rec, = torch.autograd.grad(rec_loss, last, retain_graph=True)
     adv, = torch.autograd.grad(g_loss, last, retain_graph=True)
+    sum_over_processes([rec, adv])
     return (rec.norm() / (adv.norm() + 1e-6)).clamp(0, 1e4).detach()
 
 
@@ -334,7 +336,7 @@ def train(cfg):
     log = Log(f"{cfg.out}/vqgan.jsonl", "vqgan", cfg.steps, start)
     for step in range(start, cfg.steps):
         set_lr([optimizer, d_optimizer], get_lr(step, cfg.steps, warmup=40))
-        x = to_pixels(images[batch_indices(len(images), cfg.batch_size, step, cfg.seed)]).to(device)
+        x = to_pixels(images[own(batch_indices(len(images), cfg.batch_size, step, cfg.seed))]).to(device)
         x = x.contiguous(memory_format=torch.channels_last)
         adversary = step >= cfg.disc_start and cfg.disc_weight > 0
 
@@ -348,27 +350,29 @@ def train(cfg):
                 d_weight = cfg.disc_weight * adaptive_weight(rec_loss, g_loss, vqgan.decoder.last.weight)
             loss = rec_loss + codebook_loss + cfg.beta * commitment_loss \
                 + d_weight * g_loss + cfg.feature_weight * matching
-        take_step(loss, vqgan.parameters(), [optimizer], clip=1.0)          # one bad step can collapse the codes
+        # over processes gradients are summed, these losses are means; clipped, as one bad step can collapse the codes
+        take_step(loss / processes(), vqgan.parameters(), [optimizer], clip=1.0)
 
         d_loss = torch.zeros((), device=device)
         if adversary:
             with autocast():
                 d_loss = d_hinge_loss(disc(x)[0].float(), disc(x_rec.detach())[0].float())
-            take_step(d_loss, disc.parameters(), [d_optimizer])
+            take_step(d_loss / processes(), disc.parameters(), [d_optimizer])
 
         vqgan.quantizer.idle += 1
-        vqgan.quantizer.idle[codes.unique()] = 0
+        vqgan.quantizer.idle[gather(codes).unique()] = 0
         if step % cfg.renew_every == 0 and step < 0.7 * cfg.steps:       # the rest settles
             torch.manual_seed(cfg.seed + step)                          # a resumed run draws alike
-            vqgan.quantizer.renew(z.detach(), cfg.renew_every)
+            vqgan.quantizer.renew(gather(z.detach()), cfg.renew_every)
 
         if step % cfg.log_every == 0 or step == cfg.steps - 1:
             with autocast():
                 held_out = validate(vqgan, val)
-            log(step, ("loss", "psnr", "val/psnr"), loss=loss, rec_loss=rec_loss, codebook_loss=codebook_loss,
-                commitment_loss=commitment_loss, g_loss=g_loss, feature_loss=matching, d_loss=d_loss,
-                d_weight=d_weight, psnr=psnr(x, x_rec.float().detach()).mean(), lr=optimizer.param_groups[0]["lr"],
-                **held_out)
+            figures = dict(loss=loss, rec_loss=rec_loss, codebook_loss=codebook_loss, commitment_loss=commitment_loss,
+                           g_loss=g_loss, feature_loss=matching, d_loss=d_loss, d_weight=d_weight,
+                           psnr=psnr(x, x_rec.float()).mean())
+            means = gather(torch.stack(list(figures.values())).detach()[None]).mean(dim=0)       # over all processes
+            log(step, ("loss", "psnr", "val/psnr"), **dict(zip(figures, means)), lr=optimizer.param_groups[0]["lr"], **held_out)
         log.bar.update()
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
             save_state(folder, step + 1, [vqgan, disc], [optimizer, d_optimizer], flags=run_flags(cfg))

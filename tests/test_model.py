@@ -600,6 +600,21 @@ def test_a_large_vocabulary_passes_the_head_in_pieces(gpt, monkeypatch):
         assert_close(p.grad, grad)
 
 
+def test_recomputing_gives_the_same_gradients_and_keeps_no_activations(gpt):
+    kept, gradients = [], []
+    for gpt.recompute in (False, True):
+        gpt.zero_grad()
+        saved = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.add((x.data_ptr(), x.numel())) or x, lambda x: x):
+            loss = per_token_logps(gpt, IDS, IDS).sum()
+        loss.backward()
+        kept.append(sum(n for _, n in saved))
+        gradients.append([p.grad.clone() for p in gpt.parameters()])
+    assert kept[1] < kept[0] / 10
+    for plain, again in zip(*gradients):
+        assert_close(again, plain)
+
+
 def loss_at(gpt, step):
     return -per_token_logps(gpt, IDS + step, IDS + step).mean()
 
