@@ -550,6 +550,7 @@ def train(cfg):
         nll = -sum(policy_sums[k].whole.sum() for k in CHOSEN) / sum(policy_sums[k].tokens.sum() for k in CHOSEN)
         loss = preference + cfg.sft_weight * nll + cfg.rehearsal_weight * rehearsal
         grad_norm = take_step(loss, trained, optimizers, clip=1.0)
+        log.count(step, grad_norm)
 
         if step % cfg.log_every == 0 or step + 1 == cfg.steps:
             logged = {"nll_loss": nll, "rehearsal_loss": rehearsal, **{f"loss_{k}": v for k, v in terms.items()},
@@ -557,9 +558,12 @@ def train(cfg):
                       **contrast_metrics(ratios, policy_sums, contrasts, cfg)}
             log(step, ("loss", *(f"rewards_{k}/margins" for k in contrasts)), loss=loss.detach(), grad_norm=grad_norm,
                 lr=optimizers[-1].param_groups[0]["lr"], **{k: v.detach() for k, v in logged.items()})
+            largest = max((abs(v.item()) for k, v in logged.items() if k.endswith("/margins")), default=0)
+            log.warn(largest > 30, "a margin is over 30: the model is far from its reference; lower --beta or the learning rates")
         log.bar.update()
-        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
+        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps or log.asked:
             save_state(folder, step + 1, [trained], optimizers, flags=run_flags(cfg), sft=sft_hash)
+        log.stop_if_asked()
     log.close()
     save_state(folder, cfg.steps, [trained], optimizers, flags=run_flags(cfg), sft=sft_hash)
     save_tuned(folder, model, cfg, adapter)

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -430,17 +431,46 @@ class UserError(Exception):
     """What a user can get wrong: one sentence with the cause and the way out; `run` prints it."""
 
 
+class Stopped(Exception):
+    """SIGINT or SIGTERM, with its number."""
+
+
+def stop(signum, frame):
+    """A signal's handler."""
+    raise Stopped(signum)
+
+
+def in_charge():
+    """Whether `run` has started this program: not a notebook or a test."""
+    return signal.getsignal(signal.SIGTERM) is stop
+
+
 def run(main):
-    """Call a program's main(); a UserError becomes one line on stderr and exit status 2."""
+    """Call a program's main(). What a user can mend becomes one line on stderr and exit status 2; SIGINT and SIGTERM end
+    with a line too, and with 130 and 143, as shells expect."""
     try:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, stop)
         main()
-    except UserError as error:
-        time.sleep(5 if process() > 0 else 0)      # the first process has said the same by then, and torchrun has ended this one
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+    except Stopped as why:
         print("\nstopped; what was being trained goes on with --resume", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + why.args[0])
+    except UserError as error:
+        fail(error)
+    except OSError as error:                               # a full disk, a folder that went away
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}; nothing that was whole is lost: mend that and go on "
+             "with --resume")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        fail("out of memory; lower --batch-size, or add --recompute to sft.py and dpo.py, and go on with --resume")
+
+
+def fail(error):
+    """One line on stderr, exit status 2."""
+    time.sleep(5 if process() > 0 else 0)      # the first process has said the same by then, and torchrun has ended this one
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def arg(default, help, least=None, most=None, **options):
@@ -549,6 +579,29 @@ def config_for(Config, cfg, **changes):
     return Config(**{**shared, **changes})
 
 
+LOCKS = {}                    # path -> the open file; the system lets go of it when the process ends, however it ends
+
+
+def lock(out):
+    """Keep other runs out of this folder while this one lasts. Raises UserError, naming who is in it."""
+    try:
+        import fcntl
+    except ImportError:       # Windows
+        return
+    path = (Path(out) / ".lock").resolve()
+    if path not in LOCKS and process() == 0:
+        file = open(path, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"--out {out} is in use by process {file.read().strip() or '?'}: wait for it, or name another --out")
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        LOCKS[path] = file
+
+
 def init_run(cfg):
     """Seed everything; return (device, autocast), autocast() being a context for forward passes."""
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -565,8 +618,8 @@ def init_run(cfg):
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and native
     try:
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        (Path(cfg.out) / ".write").touch()
-        (Path(cfg.out) / ".write").unlink(missing_ok=True)
+        if hasattr(cfg, "resume") and in_charge():         # it trains
+            lock(cfg.out)
     except OSError as error:
         raise UserError(f"--out {cfg.out} cannot be written ({error.strerror}); name a folder of your own")
     return device, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
@@ -710,17 +763,18 @@ def make_optimizers(model, lr, muon_lr, weight_decay):
 
 
 def take_step(loss, parameters, optimizers, clip=math.inf):
-    """One step of the optimizers down the loss's gradient, cut to a norm of `clip`; returns its norm before that.
+    """One step of the optimizers down the loss's gradient, cut to a norm of `clip`; returns its norm before that, a float.
 
-    With several processes the gradient is the sum of theirs."""
+    With several processes the gradient is the sum of theirs. Where it is not finite no step is taken."""
     parameters = list(parameters)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     loss.backward()
     sum_over_processes([p.grad for p in parameters if p.grad is not None])
-    grad_norm = nn.utils.clip_grad_norm_(parameters, clip)
-    for optimizer in optimizers:
-        optimizer.step()
+    grad_norm = nn.utils.clip_grad_norm_(parameters, clip).item()
+    if math.isfinite(grad_norm):
+        for optimizer in optimizers:
+            optimizer.step()
     return grad_norm
 
 
@@ -808,17 +862,34 @@ def read_tensors(path):
 
 
 def write_tensors(path, tensors, metadata):
-    """Write a safetensors file beside path, then rename: a reader sees the old file or the new one."""
+    """Write a safetensors file beside path, then rename: a reader sees the old file or the new one. Raises OSError."""
     new = Path(f"{path}.new")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new, metadata=metadata)
-    os.replace(new, path)
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(0, str(error), str(path))
+    put_in_place(new, path)
 
 
 def write_text(path, text):
     """Write text beside path, then rename: a reader sees the old file or the new one."""
     new = Path(f"{path}.new")
     new.write_text(text, encoding="utf-8")
+    put_in_place(new, path)
+
+
+def put_in_place(new, path):
+    """Rename a file or folder; what it holds is on the disk before, the new name after."""
+    sync(new)
     os.replace(new, path)
+    sync(Path(path).parent)
+
+
+def sync(path):
+    """Wait until the disk has this file, or the names in this folder: a power cut leaves nothing half."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def is_made_by(recipe, folder):
@@ -930,9 +1001,16 @@ def begin_stage(cfg, name, models, optimizers):
 
 
 def read_log(path):
-    """The lines of a JSONL log as dicts; a line cut off by a kill is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The lines of a JSONL log as dicts; one that is none, as a kill may leave the last, is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
 
 
 def finish_stage(cfg, name):
@@ -942,36 +1020,73 @@ def finish_stage(cfg, name):
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             os.replace(final, old)
-        os.replace(partial, final)
+        put_in_place(partial, final)
         shutil.rmtree(old, ignore_errors=True)
     wait()
 
 
 class Log:
-    """A tqdm bar on screen and one JSON line a logged step in a file: `log(step, loss=…)`.
+    """A tqdm bar on screen and one JSON line a logged step in a file: `log(step, loss=…)`. It also watches over the loop:
+    SIGINT and SIGTERM wait for the end of a step, steps without a finite gradient are counted.
 
     "seconds" counts from the loop's start, a resumed run's from where it was logged last."""
 
     def __init__(self, path, title, steps, start=0):
         """Lines of an earlier run from step `start` on are dropped, the rest kept."""
-        self.path = Path(path)
+        self.path, self.title, self.warned = Path(path), title, set()
+        self.skipped = self.in_a_row = 0                   # steps without a finite gradient
+        self.asked, self.watches = None, in_charge()       # the signal that asks to stop; whether to wait for one
         kept = [row for row in read_log(self.path) if row["step"] < start]
         first_alone(write_text)(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.began = time.time() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
         self.bar = tqdm(total=steps, initial=start, desc=title, unit="step", dynamic_ncols=True)
+        self.handle_signals(self.ask)
 
     def __call__(self, step, show=(), **metrics):
-        """Write all metrics; show the named ones on the bar. Raises UserError for a loss that is no number."""
+        """Write all metrics; show the named ones on the bar."""
         metrics = {k: round(v.item() if isinstance(v, torch.Tensor) else float(v), 6) for k, v in metrics.items()}
-        if not math.isfinite(metrics.get("loss", 0.0)):
-            raise UserError(f"the loss is {metrics['loss']} at step {step}: training diverged; lower the learning rates")
+        if self.skipped:
+            metrics["skipped"] = self.skipped
         if process() == 0:
             with self.path.open("a") as f:
                 f.write(json.dumps({"step": step, **metrics, "seconds": round(time.time() - self.began, 1)}) + "\n")
         self.bar.set_postfix({k: f"{metrics[k]:.4g}" for k in show if k in metrics}, refresh=False)
 
+    def count(self, step, grad_norm):
+        """Count a step that take_step left out. Raises UserError at the fifth in a row."""
+        self.in_a_row = 0 if math.isfinite(grad_norm) else self.in_a_row + 1
+        self.skipped += self.in_a_row > 0
+        if self.in_a_row == 5:
+            raise UserError(f"{self.title} diverged: no finite gradient in steps {step - 4} to {step}; lower the learning rates, "
+                            f"or go on from the state saved last in {self.path.with_suffix('.partial')} with --resume")
+
+    def warn(self, sign, sentence):
+        """Say once that a figure looks like trouble."""
+        if sign and sentence not in self.warned:
+            self.warned.add(sentence)
+            tqdm.write(f"{self.title}: {sentence}")
+
+    def handle_signals(self, handler):
+        """Let SIGINT and SIGTERM call this from now on."""
+        if self.watches:
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, handler)
+
+    def ask(self, signum, frame):
+        """A signal's handler: the first asks for the end of the step, a second stops at once."""
+        if self.asked:
+            raise Stopped(signum)
+        self.asked = signum
+
+    def stop_if_asked(self):
+        """Raise Stopped if a signal came; the step is done and its state saved by now."""
+        if self.asked:
+            self.close()
+            raise Stopped(self.asked)
+
     def close(self):
         self.bar.close()
+        self.handle_signals(stop)
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------

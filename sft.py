@@ -339,6 +339,7 @@ def validate(model, studies, vocab, phrases):
         counts = [match_findings(read_findings(t, phrases), s.findings) for t, s in zip(texts, known)]
         right, stated, true = (sum(c[k] for c in counts) for k in ("right", "stated", "true"))
         result["val/f1"] = 2 * right / max(1, stated + true)
+        result["val/distinct_reports"] = len(set(texts))
     model.train()
     return result
 
@@ -381,6 +382,7 @@ def train(cfg):
         with autocast():
             loss = response_loss(model, ids, labels)
         grad_norm = take_step(loss, trained, optimizers, clip=1.0)
+        log.count(step, grad_norm)
 
         log.bar.update()
         if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
@@ -392,8 +394,12 @@ def train(cfg):
                 best_score = score
                 save_tuned(folder, model, cfg, adapter)
             save_state(folder, step + 1, [trained], optimizers, best_score=best_score, flags=run_flags(cfg), base=base_hash)
+            log.warn(held_out.get("val/distinct_reports") == 1 < len(val), "every report is the same; it may yet learn to look")
         elif step % cfg.log_every == 0:
             log(step, ("loss",), loss=loss.detach(), grad_norm=grad_norm, lr=optimizers[-1].param_groups[0]["lr"])
+        if log.asked:
+            save_state(folder, step + 1, [trained], optimizers, best_score=best_score, flags=run_flags(cfg), base=base_hash)
+        log.stop_if_asked()
     log.close()
     vocab.save(folder)
     finish_stage(cfg, "sft")

@@ -43,7 +43,7 @@ class VQGANConfig:
 
     image_size: int = 64
     channels: int = 1
-    widths: tuple = (32, 96, 192)    # channels after each halving
+    widths: tuple = (32, 64, 128)    # channels after each halving
     codebook_size: int = 512
     code_dim: int = 8
     data: str = ""                   # what it was trained on: a folder, or "phantoms"
@@ -84,7 +84,7 @@ class VQGANTrainConfig(RunConfig):
 PRESETS = {"tiny": dict(steps=40, batch_size=16, images=96, codebook_size=64, disc_start=30, renew_every=5),
            "quick": dict(steps=400, images=3000, codebook_size=256, disc_start=350, lr=2e-3, log_every=100),
            "small": {}, "base": dict(steps=20000, codebook_size=1024, images=60000, disc_start=8000, lr=4e-4)}
-WIDTHS = {"tiny": (16, 32, 32), "quick": (24, 64), "small": (32, 96, 192), "base": (128, 256, 256, 512)}
+WIDTHS = {"tiny": (16, 32, 32), "quick": (24, 64), "small": (32, 64, 128), "base": (128, 256, 256, 512)}
 
 
 class ResBlock(nn.Module):
@@ -351,7 +351,7 @@ def train(cfg):
             loss = rec_loss + codebook_loss + cfg.beta * commitment_loss \
                 + d_weight * g_loss + cfg.feature_weight * matching
         # over processes gradients are summed, these losses are means; clipped, as one bad step can collapse the codes
-        take_step(loss / processes(), vqgan.parameters(), [optimizer], clip=1.0)
+        log.count(step, take_step(loss / processes(), vqgan.parameters(), [optimizer], clip=1.0))
 
         d_loss = torch.zeros((), device=device)
         if adversary:
@@ -373,9 +373,11 @@ def train(cfg):
                            psnr=psnr(x, x_rec.float()).mean())
             means = gather(torch.stack(list(figures.values())).detach()[None]).mean(dim=0)       # over all processes
             log(step, ("loss", "psnr", "val/psnr"), **dict(zip(figures, means)), lr=optimizer.param_groups[0]["lr"], **held_out)
+            log.warn(step > 200 and held_out["codebook/usage"] < 0.1, "over nine tenths of the codes are unused; lower --lr")
         log.bar.update()
-        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
+        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps or log.asked:
             save_state(folder, step + 1, [vqgan, disc], [optimizer, d_optimizer], flags=run_flags(cfg))
+        log.stop_if_asked()
     log.close()
     save_state(folder, cfg.steps, [vqgan, disc], [optimizer, d_optimizer], flags=run_flags(cfg))
     vqgan.save_pretrained(folder)
