@@ -17,7 +17,6 @@ dispreferred data. For consultation: how a phantom is drawn; folders of real ima
 
 import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -28,7 +27,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from tqdm import tqdm
 
 from model import UserError
@@ -587,7 +586,7 @@ DRAW = {"chest radiograph": draw_chest, "head CT": draw_head_ct, "brain MRI": dr
 
 # ---- For consultation: folders of real images ----------------------------------------------------
 
-MIN_SIDE, MAX_PIXELS = 16, 64_000_000
+MIN_SIDE, MAX_PIXELS, MOST_NAMED = 16, 64_000_000, 200
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                "dev": "val", "test": "test", "testing": "test"}
 
@@ -599,6 +598,12 @@ class BadRow(ValueError):
 def printable(text):
     """The text with half characters (JSON's lone "\\ud800") as "?": they can be neither printed nor tokenized."""
     return text.encode("utf-8", "replace").decode()
+
+
+@lru_cache
+def say_once(sentence):
+    """Print a sentence, the first time alone."""
+    tqdm.write(printable(sentence))
 
 
 def path_inside(root, name):
@@ -632,13 +637,15 @@ def read_image(path, size, channels, is_mask=False):
                 raise BadRow(f"{image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} that are read")
             if min(image.size) < MIN_SIDE:
                 raise BadRow(f"{image.width}x{image.height} pixels; the shorter side must have {MIN_SIDE}")
+            if getattr(image, "n_frames", 1) > 1:
+                say_once("of images with several frames the first is taken")
             image.load()
-            image = to_eight_bits(image)
+            image = to_eight_bits(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
         raise BadRow("more pixels than are read")
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, BadRow):
-            raise
+    except BadRow:
+        raise
+    except Exception as error:            # Pillow's decoders raise whatever a broken file leads them to
         raise BadRow(f"not a readable image ({str(error).split(' <')[0].replace(str(path), path.name)})")
     image = image.convert("RGB" if channels == 3 and not is_mask else "L")
     if max(image.size) != size:           # before padding: the square around a long strip may not fit into memory
@@ -712,7 +719,7 @@ def read_masks(value):
     """The field `masks` of a row, {structure: file}; in a CSV cell its JSON text. Raises BadRow."""
     try:
         value = json.loads(value) if isinstance(value, str) and value.strip() else value or {}
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise BadRow('masks must be {"structure": "file"}')
@@ -734,25 +741,25 @@ def as_list(value):
     if isinstance(value, str) and value.strip().startswith("["):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
     return value if isinstance(value, list) else []
 
 
 def metadata_rows(path):
-    """(line number, row or BadRow) of a metadata.jsonl or a CSV file."""
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    if path.suffix == ".csv":
-        csv.field_size_limit(max(len(text), 131_072))
-        reader = csv.DictReader(io.StringIO(text))
-        yield from ((reader.line_num, row) for row in reader)
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError):
-                yield number, BadRow("the line is not JSON")
+    """(line number, row or BadRow) of a metadata.jsonl or a CSV file, read line by line."""
+    with open(path, encoding="utf-8-sig", errors="replace", newline="" if path.suffix == ".csv" else "\n") as file:
+        if path.suffix == ".csv":
+            csv.field_size_limit(max(path.stat().st_size, 131_072))
+            reader = csv.DictReader(file)
+            yield from ((reader.line_num, row) for row in reader)
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except (ValueError, RecursionError):
+                    yield number, BadRow("the line is not JSON")
 
 
 def imagefolder_rows(folder):
@@ -767,7 +774,7 @@ def imagefolder_rows(folder):
 
 def rocov2_rows(folder):
     """The same of ROCOv2: NAME_captions.csv (ID, Caption) beside a folder NAME of images."""
-    for file in sorted(folder.glob("*_captions.csv")):
+    for file in sorted(p for p in folder.glob("*_captions.csv") if p.is_file()):
         name = file.name[:-len("_captions.csv")]
         for number, row in metadata_rows(file):
             found = next((f"{row.get('ID')}{end}" for end in (".jpg", ".png", ".jpeg")
@@ -779,10 +786,10 @@ def rocov2_rows(folder):
 def llava_rows(folder):
     """The same of LLaVA's conversation JSON, images beside it or in images/."""
     root = folder / "images" if (folder / "images").is_dir() else folder
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(p for p in folder.glob("*.json") if p.is_file()):
         try:
             items = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file} is not JSON ({error}); mend it or take it out of --data")
         for number, item in enumerate(items if isinstance(items, list) else [], 1):
             try:
@@ -818,11 +825,13 @@ LAYOUTS = {"ImageFolder": imagefolder_rows, "ROCOv2": rocov2_rows, "LLaVA": llav
 def read_folder(folder, size, channels):
     """{"train": records, "val": …, "test": …} of a folder in any of the three layouts.
 
-    Every row that cannot be used is named with its cause, once; then they are counted. Raises UserError
+    Rows that cannot be used are named with their cause, the first MOST_NAMED, and counted. Raises UserError
     if nothing is left. Where a split is missing, a tenth of the training subjects makes it."""
     root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"--data {folder}: there is no such folder")
+    try:
+        next(root.iterdir(), None)
+    except (OSError, ValueError) as error:                     # none, a file, a name too long, not ours to read
+        raise UserError(f"--data {str(folder)[:200]} is no folder that can be read ({getattr(error, 'strerror', error)}); name one")
     splits, skipped, seen = {"train": [], "val": [], "test": []}, Counter(), None
     for layout, rows in LAYOUTS.items():
         for split, file, number, row, image_root in tqdm(rows(root), desc=f"reading {folder}", unit="row", leave=False):
@@ -835,17 +844,20 @@ def read_folder(folder, size, channels):
                 record.subject = record.subject or (record.name if split == "train" else f"{split}/{record.name}")
                 splits[split].append(record)
             except BadRow as why:
-                name = row.get("file_name") if isinstance(row, dict) else None
-                name = f" ({str(name)[:100]})" if name else ""
-                tqdm.write(printable(f"skipped {file.relative_to(root)} row {number}{name}: {why}"))
-                skipped[re.sub(r"\d[\d,x]*|\S*[/.]\S+", "…", str(why))] += 1
+                skipped[re.sub(r"\d[\d,x]*|\S*[/.]\S+", "…", str(why))[:200]] += 1
+                if skipped.total() <= MOST_NAMED:
+                    name = row.get("file_name") if isinstance(row, dict) else None
+                    name = f" ({str(name)[:100]})" if name else ""
+                    tqdm.write(printable(f"skipped {file.relative_to(root)} row {number}{name}: {str(why)[:300]}"))
+                elif skipped.total() == MOST_NAMED + 1:
+                    tqdm.write("further rows that are skipped are only counted")
         if seen:
             break
     if not seen:
         raise UserError(f"--data {folder} is empty or in no known layout: it needs metadata.jsonl or metadata.csv "
                         "(file_name, text), NAME_captions.csv with a folder NAME, or a LLaVA *.json")
     n = sum(map(len, splits.values()))
-    causes = "; ".join(f"{count} {why}" for why, count in skipped.most_common())
+    causes = "; ".join(f"{count} {why}" for why, count in skipped.most_common(20))
     tqdm.write(f"{folder}: {seen} layout, {n} read, {skipped.total()} skipped" + (f" ({causes})" if causes else ""))
     if n == 0:
         raise UserError(f"--data {folder}: no usable row ({causes or 'no rows at all'})")

@@ -55,7 +55,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import sft as sft_stage
@@ -63,7 +62,7 @@ from data import DISTORTIONS, add_noise, check_data, data_name, distort, lexicon
 from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, cli, config_for, finish_stage,
                    gather, get_lr, init_run, is_made_by, make_optimizers, own, per_token_logps, process, read_tensors, run,
                    run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out, take_step, trained_parameters,
-                   weights_hash)
+                   weights_hash, write_tensors)
 from sft import (collate, dice, draw_masks, load_gpt, load_vqgan, make_example, open_studies, pick_task, response_loss,
                  sample_words)
 from vqgan import encode_images
@@ -77,7 +76,7 @@ class DPOConfig(TuneConfig):
                          choices=("bidpo", "dpo", "mdpo", "mfpo", "napo", "rndpo", "sft"))
     name: str = arg("", "folder under --out for the result; empty: the objective's name, control for --objective sft")
     steps: int = arg(300, "optimizer steps")
-    batch_size: int = arg(16, "pairs a step")
+    batch_size: int = arg(16, "pairs a step", most=65536)
     pairs: int = arg(4800, "pairs to build, from as many training records")
     distort: tuple = arg(("remove",), "kinds of distortion, drawn evenly: " + " ".join(DISTORTIONS), choices=DISTORTIONS)
     candidates: int = arg(1, "distorted images to try for a pair; the one that the SFT model notices least is taken")
@@ -110,7 +109,7 @@ class DPOConfig(TuneConfig):
     q_max: float = arg(1.0, "napo: greatest q; at 1 the term is the noise-robust mean absolute error", most=1)
     sft_weight: float = arg(0.5, "λ_s: mean negative log-probability of chosen sequences, per token (sft: 1)")
     rehearsal_weight: float = arg(1.0, "λ_r: the same of questions, masks and emptied prompts")
-    rehearsal_size: int = arg(32, "rehearsal sequences a step")
+    rehearsal_size: int = arg(32, "rehearsal sequences a step", most=65536)
     lr: float = arg(5e-4, "peak learning rate of embeddings and norms (AdamW)")
     muon_lr: float = arg(2e-3, "peak learning rate of the matrices inside blocks (Muon)")
     log_every: int = arg(10, "steps between log lines")
@@ -639,19 +638,23 @@ def rank_proposals(scores, mining, noise, rng):
 # ---- For consultation: pairs and models on disk, flags -------------------------------------------
 
 
-def read_pairs(folder):
-    """The Pairs of out/pairs. Raises UserError if they cannot be read."""
+def read_pairs(folder, codebook_size):
+    """The Pairs of out/pairs; None if they are damaged."""
     try:
-        codes = read_tensors(folder / "codes.safetensors")
+        codes = {k: v.numpy() for k, v in read_tensors(folder / "codes.safetensors").items()}
         with open(folder / "pairs.jsonl", encoding="utf-8") as f:
             rows = [json.loads(line) for line in f]           # not splitlines(), which cuts at U+2028 and its like too
-        pairs = [Pair(codes=c.numpy(), distorted=d.numpy(), **row)
-                 for c, d, row in zip(codes["genuine"], codes["distorted"], rows, strict=True)]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} cannot be read ({str(error)[:120]}); remove it, and `python dpo.py` builds it again")
-    with_masks = [p for p in pairs if p.structure]
-    for pair, proposals, scores in zip(with_masks, codes.get("proposals", ()), codes.get("scores", ())):
-        pair.proposals, pair.scores = proposals.numpy(), scores.numpy()
+        if any(k != "scores" and not ((v >= 0) & (v < codebook_size)).all() for k, v in codes.items()):
+            raise ValueError("codes that the image tokenizer has not")
+        pairs = [Pair(codes=c, distorted=d, **row) for c, d, row in zip(codes["genuine"], codes["distorted"], rows, strict=True)]
+        if not all(isinstance(text, str) for p in pairs for text in (p.chosen, p.structure, *p.reports.values())):
+            raise ValueError("reports that are no text")
+        with_masks = [p for p in pairs if p.structure]
+        for pair, pair.proposals, pair.scores in zip(with_masks, codes.get("proposals", ()), codes.get("scores", ()), strict=True):
+            pass
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        tqdm.write(f"{folder} is damaged ({str(error)[:120]}); `python dpo.py` builds it anew")
+        return None
     return pairs
 
 
@@ -665,7 +668,7 @@ def write_pairs(cfg, pairs, recipe):
     tensors = {"genuine": [p.codes for p in pairs], "distorted": [p.distorted for p in pairs]}
     if with_masks := [p for p in pairs if p.structure]:
         tensors |= {"proposals": [p.proposals for p in with_masks], "scores": [p.scores for p in with_masks]}
-    save_file({k: torch.tensor(np.stack(v)) for k, v in tensors.items()}, new / "codes.safetensors")
+    write_tensors(new / "codes.safetensors", {k: torch.tensor(np.stack(v)) for k, v in tensors.items()}, {})
     with open(new / "pairs.jsonl", "w", encoding="utf-8") as f:
         for p in pairs:
             row = {k: getattr(p, k) for k in ("index", "name", "kind", "structure", "entropy", "chosen", "reports")}
@@ -701,11 +704,12 @@ def load_or_build_pairs(cfg, records, studies, phrases, vqgan, model, vocab, aut
     flags = ("seed", "records", "pairs", "candidates", "strength", "pair_temperature", "entropy_samples", "proposals")
     recipe = {k: getattr(cfg, k) for k in flags}
     recipe |= {"data": data_name(cfg), "distort": list(cfg.distort), "sft": weights_hash(model)}
-    if found := is_made_by(recipe, folder):
-        pairs = read_pairs(folder)
+    made = is_made_by(recipe, folder)
+    if found := made and read_pairs(folder, vqgan.config.codebook_size):
+        pairs = found
         tqdm.write(f"{len(pairs)} pairs from {folder}")
     else:
-        if folder.exists():
+        if folder.exists() and not made:
             tqdm.write(f"{folder} was made with other flags or another SFT model: building it anew; what was trained on the "
                        "old pairs stays as it is")
         region = lambda record: key_region(record, model, vocab, vqgan, autocast)

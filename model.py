@@ -64,7 +64,7 @@ class GPTConfig:
     data: str = ""                        # what it was trained on: a folder, or "phantoms" and their bias
 
     def __post_init__(self):
-        if self.num_attention_heads % self.num_key_value_heads:
+        if not self.num_key_value_heads or self.num_attention_heads % self.num_key_value_heads:
             raise UserError(f"num_attention_heads {self.num_attention_heads} is no multiple of "
                             f"num_key_value_heads {self.num_key_value_heads}")
 
@@ -246,12 +246,16 @@ class GPT(nn.Module):
                 raise UserError(f"{folder}/config.json says {found}, and this file implements only {known}")
             # Qwen3's own defaults for what an old config.json leaves out, which are not all ours
             config = {"rope_theta": rope.get("rope_theta", 10000.0), "head_dim": 128, "tie_word_embeddings": False, **config}
-            model = cls(make_config(GPTConfig, config, folder))
-        except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+            if isinstance(config.get("eos_token_id"), list):
+                config["eos_token_id"] = None                # others stop at several; ours are set in training
+            config = make_config(GPTConfig, config, folder)
+            if config.num_hidden_layers > len(tensors):
+                raise ValueError(f"{config.num_hidden_layers} layers of {len(tensors)} tensors")
+        except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{folder}/config.json describes no model ({error}); bring back the one it came with")
-        if model.config.tie_word_embeddings:      # some folders store the tied head a second time
+        if config.tie_word_embeddings:            # some folders store the tied head a second time
             tensors.pop("lm_head.weight", None)
-        return load_weights(model, tensors, folder).to(device)
+        return load_weights(lambda: cls(config), tensors, folder).to(device)
 
 
 MOST_LOGITS = 2 ** 25       # at once, 128 MB; what a large vocabulary has more of is computed again in the backward pass
@@ -448,9 +452,8 @@ def in_charge():
 def run(main):
     """Call a program's main(). What a user can mend becomes one line on stderr and exit status 2; SIGINT and SIGTERM end
     with a line too, and with 130 and 143, as shells expect."""
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, stop)
         main()
     except Stopped as why:
         print("\nstopped; what was being trained goes on with --resume", file=sys.stderr)
@@ -464,6 +467,9 @@ def run(main):
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         fail("out of memory; lower --batch-size, or add --recompute to sft.py and dpo.py, and go on with --resume")
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def fail(error):
@@ -493,7 +499,7 @@ class RunConfig:
                       most=1)
     records: int = arg(16000, "phantoms: training records")
     modalities: int = arg(3, "phantoms: kinds of image; 1: chest radiographs, 2: head CTs too, 3: brain MRIs too", most=3)
-    image_size: int = arg(64, "height and width of every image, in pixels; a multiple of 8 (base: of 16)")
+    image_size: int = arg(64, "height and width of every image, in pixels; a multiple of 8 (base: of 16)", most=4096)
     channels: int = arg(1, "1: gray, 3: RGB", choices=(1, 3))
     device: str = arg("auto", "auto (cuda if present), cpu, cuda or cuda:1")
     dtype: str = arg("auto", "autocast: auto (bfloat16 where the hardware has it), bfloat16 or float32",
@@ -809,8 +815,8 @@ def save_folder(folder, config, tensors):
     """Write config.json and model.safetensors into folder, each whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def load_folder(folder, writer, expect):
@@ -830,45 +836,81 @@ def load_folder(folder, writer, expect):
         tensors = {}
         for shard in sorted(shards):
             tensors |= read_tensors(folder / Path(shard).name)        # a name alone: no path leaves the folder
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise UserError(f"{folder} is not a whole model folder ({error}); bring back what is missing, or train it again "
                         f"with `python {writer}`")
     return config, tensors
 
 
 def make_config(Config, values, folder):
-    """A config dataclass from the JSON of a folder; keys that others wrote are passed over."""
-    known = {f.name for f in dataclasses.fields(Config)}
+    """A config dataclass from the JSON of a folder; keys that others wrote are passed over. Raises UserError."""
+    fields = {f.name: f.type for f in dataclasses.fields(Config)}
     try:
-        return Config(**{k: v for k, v in values.items() if k in known})
-    except TypeError as error:
+        if odd := [k for k, v in values.items() if k in fields and not fits(v, fields[k])]:
+            raise ValueError(f"{odd[0]} is {str(values[odd[0]])[:40]!r}")
+        return Config(**{k: v for k, v in values.items() if k in fields})
+    except (TypeError, ValueError, AttributeError, UserError) as error:
         raise UserError(f"{folder}/config.json is not whole ({error}); bring back the one it came with")
 
 
-def load_weights(model, tensors, folder):
-    """Load tensors into model; a mismatch of names or sizes is the user's to mend."""
+def fits(value, kind):
+    """Whether a value out of JSON can be that of a config's field: of its type, finite and of a size that a model may have."""
+    if kind is tuple:
+        return isinstance(value, list | tuple) and len(value) <= 16 and all(fits(v, int) and v > 0 for v in value)
+    kind = int | float if kind is float else kind
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (not is_number or 0 <= value < 2 ** 31) and (kind is bool or not isinstance(value, bool))
+
+
+def load_weights(make, tensors, folder):
+    """The model that make() returns, with these tensors; a mismatch of names or sizes is the user's to mend.
+
+    It is made on the meta device, which takes no memory for what a config.json asks."""
     try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
+        with torch.device("meta"):
+            model = make()
+        tensors = {k: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for k, v in tensors.items()}
+        model.load_state_dict(tensors, strict=True, assign=True)
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         detail = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: weights and config.json do not belong together ({detail}); bring back those that do")
     return model.eval()
 
 
 def read_tensors(path):
-    """All tensors of a safetensors file, as a dict."""
+    """All tensors of a safetensors file, as a dict. Raises ValueError where they are not those that write_tensors wrote."""
     with safe_open(path, "pt") as f:
-        return {k: f.get_tensor(k) for k in f.keys()}
+        tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    digest = metadata.pop("digest", None)                # other hands write none
+    if digest and digest != digest_of(tensors, metadata):
+        raise ValueError("it is damaged")
+    return tensors
 
 
 def write_tensors(path, tensors, metadata):
     """Write a safetensors file beside path, then rename: a reader sees the old file or the new one. Raises OSError."""
     new = Path(f"{path}.new")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new, metadata=metadata)
+        save_file(tensors, new, metadata={**metadata, "digest": digest_of(tensors, metadata)})
     except SafetensorError as error:
         raise OSError(0, str(error), str(path))
     put_in_place(new, path)
+
+
+def digest_of(tensors, metadata):
+    """Twelve hex digits of all that a safetensors file holds: one flipped bit shows."""
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update((tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def read_metadata(path):
+    """What write_tensors was told beside the tensors."""
+    with safe_open(path, "pt") as f:
+        return f.metadata()
 
 
 def write_text(path, text):
@@ -892,12 +934,17 @@ def sync(path):
     os.close(handle)
 
 
+def read_json(path):
+    """What a JSON file holds; None if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def is_made_by(recipe, folder):
     """Whether folder/config.json holds this recipe."""
-    try:
-        return json.loads((folder / "config.json").read_text()) == recipe
-    except (OSError, ValueError):
-        return False
+    return read_json(folder / "config.json") == recipe
 
 
 def weights_hash(model):
@@ -912,7 +959,7 @@ def folder_hash(folder):
     """The same of a model folder as it lies on disk, adapters or shards."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*model*.safetensors")):
-        digest.update(path.read_bytes())
+        digest.update(digest_of(read_tensors(path), {}).encode())
     return digest.hexdigest()[:12]
 
 
@@ -943,8 +990,7 @@ def save_state(folder, step, models, optimizers, **progress):
 
 def read_progress(folder):
     """What save_state was told beside the tensors: step, flags and so on."""
-    with safe_open(Path(folder) / "state.safetensors", "pt") as f:
-        return json.loads(f.metadata()["progress"])
+    return json.loads(read_metadata(Path(folder) / "state.safetensors")["progress"])
 
 
 def other_flags(progress, cfg):
@@ -961,9 +1007,9 @@ def load_state(folder, models, optimizers):
         for i, model in enumerate(models):
             prefix = f"model.{i}."
             model.load_state_dict({k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)})
-    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} does not fit this run ({' '.join(str(error).split())[:120]}); "
-                        "use the flags it was started with, or leave out --resume")
+                        "use the flags it was started with, or leave out --resume, which starts over")
     for i, optimizer in enumerate(optimizers):
         whole = optimizer.state_dict()
         whole["state"] = {}
@@ -1184,10 +1230,11 @@ def load_adapter(folder):
         config, whole = (json.loads((folder / f).read_text()) for f in ("adapter_config.json", "config.json"))
         weights = folder / "adapter_model.safetensors"
         tensors = {k.removeprefix("base_model.model."): v for k, v in read_tensors(weights).items()}
-        with safe_open(weights, "pt") as f:
-            base_hash = f.metadata()["base"]
+        base_hash = read_metadata(weights)["base"]
         base, scale = Path(config["base_model_name_or_path"]), config["lora_alpha"] / config["r"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        whole = make_config(GPTConfig, whole, folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, SafetensorError,
+            UserError) as error:
         raise UserError(f"{folder} holds no adapter that was written here ({error}); train it again")
     beside = folder.parent / base.name                       # the two may have been moved together
     found = [f for f in (base, beside) if f.is_dir() and folder_hash(f) == base_hash]
@@ -1195,10 +1242,13 @@ def load_adapter(folder):
         raise UserError(f"{folder} was trained over {base}, which is gone or another model now: bring that back, or train "
                         "the adapter again")
     state = GPT.from_pretrained(found[0]).state_dict()
-    for name, tensor in tensors.items():
-        if name.endswith(".lora_A.weight"):
-            state[name.replace(".lora_A", "")] += scale * tensors[name.replace(".lora_A", ".lora_B")] @ tensor
-        elif name.endswith(".token_adapter.trainable_tokens_delta"):
-            table = name.replace("token_adapter.trainable_tokens_delta", "weight")
-            state[table] = torch.cat([state[table][:whole["vocab_size"] - len(tensor)], tensor])
-    return load_weights(GPT(make_config(GPTConfig, whole, folder)), state, folder)
+    try:
+        for name, tensor in tensors.items():
+            if name.endswith(".lora_A.weight"):
+                state[name.replace(".lora_A", "")] += scale * tensors[name.replace(".lora_A", ".lora_B")] @ tensor
+            elif name.endswith(".token_adapter.trainable_tokens_delta"):
+                table = name.replace("token_adapter.trainable_tokens_delta", "weight")
+                state[table] = torch.cat([state[table][:whole.vocab_size - len(tensor)], tensor])
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{folder}: adapters and base do not belong together ({error}); train it again")
+    return load_weights(lambda: GPT(whole), state, folder)

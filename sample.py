@@ -22,7 +22,6 @@ evaluation as a program; pictures; one's own images.
 import dataclasses
 import json
 import math
-import os
 import textwrap
 import zlib
 from dataclasses import dataclass
@@ -34,15 +33,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import (BODY_PHRASES, COMPANIONS, MODALITIES, MODALITY_PHRASES, BadRow, Finding, Phantoms, ask_whether, check_data,
                   image_source, lexicon, match_findings, names_and_sides, open_data, read_findings, read_image, read_term,
                   spread_indices)
-from model import (RunConfig, UserError, arg, batch_indices, cli, get_lr, init_run, load_folder, load_weights, read_log, run,
-                   save_folder, set_lr, take_step, weights_hash, write_text)
+from model import (RunConfig, UserError, arg, batch_indices, cli, get_lr, init_run, load_folder, load_weights, read_json,
+                   read_log, read_metadata, read_tensors, run, save_folder, set_lr, take_step, weights_hash, write_tensors,
+                   write_text)
 from dpo import read_pairs
 from sft import dice, draw_images, draw_masks, load_gpt, write_answers, write_reports
 from vqgan import VQGAN, encode_images, psnr, stack, to_images, to_pixels
@@ -371,19 +370,29 @@ def train_reader(records, folder, cfg, device, autocast):
     return True
 
 
-def load_reader(data, cfg, device, autocast):
-    """The finding reader of cfg.out, trained first if it is missing or of another recipe; None without labels."""
+def read_reader(cfg, device):
+    """The finding reader of cfg.out; None if it is missing, damaged or of another recipe."""
     folder = Path(cfg.out) / "reader"
-    config = load_folder(folder, "sample.py", ("kind", "reader"))[0] if folder.exists() else {}
-    if not reader_recipe(cfg).items() <= config.items():
-        train = data["train"]
-        if isinstance(train, Phantoms):      # other patients than the models', and no bias
-            train = Phantoms("reader", min(12000, cfg.records), cfg.seed, 0.0, cfg.image_size, cfg.modalities)
-        records = [train[int(i)] for i in tqdm(spread_indices(len(train), 12000), desc="the reader's images", leave=False)]
-        if not train_reader(records, folder, cfg, device, autocast):
+    try:
+        config, tensors = load_folder(folder, "sample.py", ("kind", "reader"))
+        if not reader_recipe(cfg).items() <= config.items():
             return None
-    config, tensors = load_folder(folder, "sample.py", ("kind", "reader"))
-    return load_weights(FindingReader(config["channels"], config["labels"]).to(device), tensors, folder)
+        labels = list(map(str, config["labels"]))
+        return load_weights(lambda: FindingReader(config["channels"], labels), tensors, folder).to(device)
+    except (UserError, KeyError, TypeError):
+        return None
+
+
+def load_reader(data, cfg, device, autocast):
+    """The finding reader of cfg.out, trained first where there is none of this recipe; None without labels."""
+    if reader := read_reader(cfg, device):
+        return reader
+    train = data["train"]
+    if isinstance(train, Phantoms):          # other patients than the models', and no bias
+        train = Phantoms("reader", min(12000, cfg.records), cfg.seed, 0.0, cfg.image_size, cfg.modalities)
+    records = [train[int(i)] for i in tqdm(spread_indices(len(train), 12000), desc="the reader's images", leave=False)]
+    trained = train_reader(records, Path(cfg.out) / "reader", cfg, device, autocast)
+    return read_reader(cfg, device) if trained else None
 
 
 @torch.no_grad()
@@ -433,18 +442,19 @@ def write_kept(path, metrics, recipe):
     """Write {name: Metric} and the recipe that made them (a string), whole or not at all."""
     path.parent.mkdir(exist_ok=True)
     values = json.dumps({k: [m.value, m.n] for k, m in metrics.items()})
-    new = path.with_suffix(".new")
-    save_file({k: m.resampled for k, m in metrics.items()}, new, metadata={"recipe": recipe, "values": values})
-    os.replace(new, path)
+    tensors = {k: torch.from_numpy(np.ascontiguousarray(m.resampled)) for k, m in metrics.items()}
+    write_tensors(path, tensors, {"recipe": recipe, "values": values})
 
 
 def read_kept(path, recipe=None):
-    """What write_kept wrote; None if another recipe made it."""
-    with safe_open(path, "np") as f:
-        metadata = f.metadata()
-        if recipe not in (None, metadata["recipe"]):
-            return None
-        return {k: Metric(value, f.get_tensor(k), n) for k, (value, n) in json.loads(metadata["values"]).items()}
+    """What write_kept wrote; None if there is nothing, another recipe made it or it is damaged."""
+    try:
+        metadata, tensors = read_metadata(path), read_tensors(path)
+        if recipe in (None, metadata["recipe"]):
+            return {k: Metric(value, tensors[k].numpy(), n) for k, (value, n) in json.loads(metadata["values"]).items()}
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
 
 
 def evaluate_model(name, model, vocab, vqgan, bench, autocast):
@@ -457,7 +467,7 @@ def evaluate_model(name, model, vocab, vqgan, bench, autocast):
     recipe = json.dumps({"models": [weights_hash(m) for m in (model, vqgan, bench.reader) if m is not None],
                          "test": zlib.crc32(bench.codes.tobytes()), "code": zlib.crc32(code), **flags})
     captions = path.with_suffix(".captions.json")
-    if path.exists() and captions.exists() and (kept := read_kept(path, recipe)):
+    if (kept := read_kept(path, recipe)) and read_json(captions) is not None:
         return kept
     with autocast():
         reports, texts = evaluate_reports(model, vocab, bench)
@@ -589,9 +599,12 @@ def pair_sheet(model, vqgan, bench, rows=6):
 
     Sentences that state a finding which the true report does not are red."""
     folder = Path(bench.cfg.out) / "pairs"
-    if json.loads((folder / "config.json").read_text()).get("sft") != weights_hash(model):
+    recipe = read_json(folder / "config.json")
+    is_of_model = isinstance(recipe, dict) and recipe.get("sft") == weights_hash(model)
+    pairs = is_of_model and read_pairs(folder, vqgan.config.codebook_size)
+    if not pairs:
         return []
-    pairs = read_pairs(folder)[:rows]
+    pairs = pairs[:rows]
     decode = lambda codes: vqgan.decode(torch.as_tensor(np.stack(codes), device=bench.pixels.device).long())
     images = {"genuine": decode([p.codes for p in pairs]), "distorted": decode([p.distorted for p in pairs])}
     shown = {"distorted": "the distorted image", "own": "the genuine image", "scrambled": "it scrambled",

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
@@ -32,7 +32,7 @@ import vqgan as vqgan_stage
 from data import Finding, data_name, fingerprint, image_source, lexicon, match_findings, open_data, read_findings
 from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, cli, config_for,
                    finish_stage, first_alone, folder_hash, gather, generate, get_lr, init_run, is_made_by, make_optimizers, own,
-                   process, processes, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, take_step,
+                   process, processes, read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, take_step,
                    trained_parameters, wait, weights_hash, write_tensors, write_text)
 from vqgan import VQGAN, encode_images
 
@@ -43,7 +43,7 @@ class SFTConfig(TuneConfig):
 
     init: str = arg("", "Qwen3 folder to start from (one of ours goes on with its image tokenizer); empty: random weights")
     steps: int = arg(2600, "optimizer steps")
-    batch_size: int = arg(64, "sequences a step")
+    batch_size: int = arg(64, "sequences a step", most=65536)
     lr: float = arg(4e-3, "peak learning rate of embeddings and norms (AdamW)")
     muon_lr: float = arg(0.02, "peak learning rate of the matrices inside blocks (Muon)")
     weight_decay: float = arg(0.1, "weight decay of the matrices inside blocks")
@@ -415,8 +415,9 @@ class Studies:
     """The training records as Studies, a sequence on disk: each is read when it is asked for, so memory does not grow."""
 
     def __init__(self, folder):
-        self.files = [safe_open(path, "np") for path in sorted(Path(folder).glob("*.safetensors"))]
-        self.tasks = np.concatenate([f.get_tensor("tasks") for f in self.files])        # (n, 4) bool, in the order of TASKS
+        paths = sorted(Path(folder).glob("*.safetensors"))
+        self.tasks = np.concatenate([read_tensors(path)["tasks"] for path in paths])    # (n, 4) bool, in the order of TASKS
+        self.files = [safe_open(path, "np") for path in paths]
         self.indices = np.arange(len(self.tasks))
 
     def serving(self, tasks):
@@ -456,7 +457,12 @@ def open_studies(cfg, records, vqgan, autocast):
     What a kill left is gone on with; those of other records or another image tokenizer are made anew."""
     recipe = {"records": fingerprint(records), "vqgan": weights_hash(vqgan), "seed": cfg.seed}
     folder, partial = Path(cfg.out) / "studies", Path(cfg.out) / "studies.partial"
-    if not is_made_by(recipe, folder):
+    try:
+        studies = Studies(folder) if is_made_by(recipe, folder) else ()
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        tqdm.write(f"{folder} is damaged ({error}) and is made anew")
+        studies = ()
+    if len(studies) != len(records):
         if process() == 0 and not is_made_by(recipe, partial):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -464,12 +470,13 @@ def open_studies(cfg, records, vqgan, autocast):
         wait()
         for start in range(0, len(records), STUDIES_EACH)[process()::processes()]:
             path, span = partial / f"{start:09}.safetensors", range(start, min(start + STUDIES_EACH, len(records)))
-            if not path.exists():
+            if not path.exists():                            # a file is there whole or not at all
                 title = f"encoding records, {start:,} of {len(records):,}"
                 write_studies(path, encode_records(records, span, vqgan, cfg.seed, autocast, title))
         wait()
         finish_stage(cfg, "studies")
-    return Studies(folder)
+        studies = Studies(folder)
+    return studies
 
 
 # ---- For consultation: loading what is on disk, and --init ---------------------------------------

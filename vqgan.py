@@ -50,6 +50,8 @@ class VQGANConfig:
 
     def __post_init__(self):
         self.widths = tuple(self.widths)     # JSON gives a list
+        if not (self.image_size <= 4096 and self.channels in (1, 3) and self.codebook_size < 2 ** 15):
+            raise UserError("image_size is over 4096, channels is not 1 or 3, or codebook_size over 32767")
 
     @property
     def grid(self):
@@ -62,11 +64,11 @@ class VQGANTrainConfig(RunConfig):
     """Flags of the vqgan's training."""
 
     steps: int = arg(1200, "optimizer steps")
-    batch_size: int = arg(32, "images a step")
+    batch_size: int = arg(32, "images a step", most=65536)
     lr: float = arg(1.2e-3, "peak learning rate (AdamW)")
     images: int = arg(8000, "training images held in memory, masks drawn as images among them")
     mask_share: float = arg(0.12, "share of those that are masks, so that `segment` can draw them", most=1)
-    codebook_size: int = arg(512, "number of codes")
+    codebook_size: int = arg(512, "number of codes", most=2 ** 15 - 1)
     code_dim: int = arg(8, "dimensions of a code on the unit sphere")
     beta: float = arg(0.1, "weight of the commitment loss, which moves the encoder")
     l1_weight: float = arg(0.3, "weight of the absolute error")
@@ -215,7 +217,8 @@ class VQGAN(nn.Module):
     def from_pretrained(cls, folder, device="cpu"):
         """Read what save_pretrained wrote."""
         config, tensors = load_folder(folder, "vqgan.py", ("kind", "vqgan"))
-        vqgan = load_weights(cls(make_config(VQGANConfig, config, folder)), tensors, folder)
+        config = make_config(VQGANConfig, config, folder)
+        vqgan = load_weights(lambda: cls(config), tensors, folder)
         return vqgan.to(device, memory_format=torch.channels_last)
 
 

@@ -562,7 +562,7 @@ def test_pairs_come_back_as_they_were_written(tmp_path):
     pairs = make_pairs()
     pairs[1].reports["own"] = "a\u2028b\x85c\x1cd\r\ne"
     dpo.write_pairs(dpo.DPOConfig(out=str(tmp_path)), pairs, {})
-    for one, two in zip(pairs, dpo.read_pairs(tmp_path / "pairs"), strict=True):
+    for one, two in zip(pairs, dpo.read_pairs(tmp_path / "pairs", 99), strict=True):
         assert (one.index, one.name, one.kind, one.chosen, one.reports, one.entropy, one.structure) == (
             two.index, two.name, two.kind, two.chosen, two.reports, two.entropy, two.structure)
         for name in ("codes", "distorted", "proposals", "scores"):
@@ -571,15 +571,22 @@ def test_pairs_come_back_as_they_were_written(tmp_path):
 
 
 @pytest.mark.parametrize("file, content", [
-    ("pairs.jsonl", b'{"name": "x"}\n'), ("pairs.jsonl", b""), ("pairs.jsonl", b"[]\n[]\n"),
+    ("pairs.jsonl", b'{"name": "x"}\n'), ("pairs.jsonl", b""), ("pairs.jsonl", b"[]\n[]\n"), ("config.json", b"{"),
     ("pairs.jsonl", b"\xff\n\xff\n"), ("codes.safetensors", b"x"), ("codes.safetensors", None)])
-def test_pairs_that_cannot_be_read_are_named(tmp_path, file, content):
-    dpo.write_pairs(dpo.DPOConfig(out=str(tmp_path)), make_pairs(), {})
-    (tmp_path / "pairs" / file).unlink()
+def test_damaged_pairs_are_built_anew(out, capsys, file, content):
+    before = rows_of(out)
+    (out / "pairs" / file).unlink()
     if content is not None:
-        (tmp_path / "pairs" / file).write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(str(tmp_path / "pairs"))):
-        dpo.read_pairs(tmp_path / "pairs")
+        (out / "pairs" / file).write_bytes(content)
+    run(out, "--steps", "1")
+    assert str(out / "pairs") in capsys.readouterr().out and rows_of(out) == before
+
+
+def test_codes_out_of_range_are_damage(tmp_path, capsys):
+    dpo.write_pairs(dpo.DPOConfig(out=str(tmp_path)), make_pairs(), {})
+    most = max(max(p.codes.max(), p.distorted.max()) for p in make_pairs())
+    assert dpo.read_pairs(tmp_path / "pairs", most + 1) and dpo.read_pairs(tmp_path / "pairs", most) is None
+    assert str(tmp_path / "pairs") in capsys.readouterr().out
 
 
 # The program
@@ -630,7 +637,7 @@ def test_every_objective_runs_on_the_same_pairs(out, capsys):
     after = rows_of(out)
     assert [r["reports"]["distorted"] for r in after] == [r["reports"]["distorted"] for r in before]
     assert all({"distorted", "scrambled", "no-question"} == r["reports"].keys() and r["entropy"] >= 0 for r in after)
-    assert len(dpo.read_pairs(out / "pairs")[0].proposals) == config("rndpo").proposals
+    assert len(dpo.read_pairs(out / "pairs", 64)[0].proposals) == config("rndpo").proposals
     made = (out / "pairs/pairs.jsonl").stat().st_mtime_ns
     run(out, "--steps", "2", "--objective", "rndpo", "--name", "again")
     assert (out / "pairs/pairs.jsonl").stat().st_mtime_ns == made

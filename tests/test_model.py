@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -788,11 +789,51 @@ def test_a_half_written_log_line_does_not_stop_a_resume(tmp_path):
     assert (tmp_path / "x.jsonl").read_text() == '{"step": 0, "loss": 1.0}\n'
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
-    log = Log(tmp_path / "x.jsonl", "x", 4)
-    log(0, loss=1.0)
-    for loss in (float("nan"), torch.tensor(float("inf"))):
-        with pytest.raises(UserError, match="step 1"):
-            log(1, loss=loss)
+def test_a_step_without_a_finite_gradient_changes_nothing_and_five_in_a_row_stop_the_run(gpt, tmp_path):
+    before, log = copy.deepcopy(gpt.state_dict()), Log(tmp_path / "x.jsonl", "x", 9)
+    optimizers = make_optimizers(gpt, 0.02, 0.02, 0.1)
+    for step in range(4):
+        log.count(step, take_step(loss_at(gpt, 0) * float("inf"), gpt.parameters(), optimizers))
+    assert all(torch.equal(v, before[k]) for k, v in gpt.state_dict().items())
+    log.count(4, take_step(loss_at(gpt, 0), gpt.parameters(), optimizers))                        # one good step between
+    assert not torch.equal(gpt.model.norm.weight, before["model.norm.weight"])
+    log(4, loss=1.0)
+    for step in range(5, 9):
+        log.count(step, float("nan"))
+    with pytest.raises(UserError, match=r"steps 5 to 9.*x\.partial"):
+        log.count(9, float("inf"))
     log.close()
-    assert [row["step"] for row in read_log(tmp_path / "x.jsonl")] == [0]
+    assert read_log(tmp_path / "x.jsonl")[0]["skipped"] == 4
+
+
+def test_a_warning_is_given_once(tmp_path, capsys):
+    log = Log(tmp_path / "x.jsonl", "x", 9)
+    for sign in (False, True, True):
+        log.warn(sign, "trouble")
+    log.close()
+    assert capsys.readouterr().out.count("x: trouble") == 1
+
+
+@pytest.mark.parametrize("where", [0.02, 0.3, 0.6, 0.98])
+def test_one_flipped_bit_shows(gpt, tmp_path, where):
+    """Wherever it is: in the header of the file or among its numbers."""
+    save_state(tmp_path, 4, [gpt], [], best=0.25)
+    path = tmp_path / "state.safetensors"
+    data = bytearray(path.read_bytes())
+    data[int(where * len(data))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="state.safetensors"):
+        load_state(tmp_path, [gpt], [])
+
+
+@pytest.mark.parametrize("field, value", [
+    ("num_hidden_layers", 10 ** 9), ("hidden_size", 10 ** 8), ("head_dim", 2 ** 30), ("vocab_size", -5), ("num_key_value_heads", 0),
+    ("rms_norm_eps", "small"), ("intermediate_size", 1.5), ("rope_theta", None), ("tie_word_embeddings", 1)])
+def test_absurd_numbers_in_a_config_are_refused_without_memory(gpt, tmp_path, field, value):
+    gpt.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=str(tmp_path)):
+        GPT.from_pretrained(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000                # kB
