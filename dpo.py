@@ -59,10 +59,10 @@ from tqdm import tqdm
 
 import sft as sft_stage
 from data import DISTORTIONS, add_noise, check_data, data_name, distort, lexicon, open_data, statement_of
-from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, cli, config_for, finish_stage,
-                   gather, get_lr, init_run, is_made_by, make_optimizers, own, per_token_logps, process, read_tensors, run,
-                   run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out, take_step, trained_parameters,
-                   weights_hash, write_tensors)
+from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_resume, cli, config_for,
+                   finish_stage, gather, get_lr, init_run, is_made_by, make_optimizers, own, per_token_logps, process,
+                   read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out, take_step,
+                   trained_parameters, weights_hash, write_tensors)
 from sft import (collate, dice, draw_masks, load_gpt, load_vqgan, make_example, open_studies, pick_task, response_loss,
                  sample_words)
 from vqgan import encode_images
@@ -515,6 +515,7 @@ def train(cfg):
     """Optimise the SFT model on preference pairs (or on their chosen sequences) and write out/NAME."""
     name = check_flags(cfg)
     device, autocast = init_run(cfg)
+    check_resume(cfg, name)                                  # before pairs are built, which begin_stage comes after
     model, vocab, vqgan = load_sft(cfg, device)
     data = open_data(cfg)
     phrases, sequences = lexicon(data["train"]), sequences_of(cfg)

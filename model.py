@@ -765,7 +765,7 @@ def make_optimizers(model, lr, muon_lr, weight_decay):
         if p.requires_grad:
             (inner if p.dim() == 2 and ".layers." in name and ".lora_" not in name else outer).append(p)
     muon = [Muon(inner, muon_lr, weight_decay)] if inner else []
-    return [*muon, torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    return [*muon, torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=outer[0].is_cuda)]
 
 
 def take_step(loss, parameters, optimizers, clip=math.inf):
@@ -1021,20 +1021,33 @@ def load_state(folder, models, optimizers):
     return progress
 
 
+def check_resume(cfg, name):
+    """The folder whose saved state --resume goes on from, or None. Raises UserError if another run's flags made it."""
+    final, partial = Path(cfg.out) / name, Path(cfg.out) / f"{name}.partial"
+    source = next((f for f in (partial, final) if (f / "state.safetensors").exists()), None)
+    if not (cfg.resume and source):
+        return None
+    try:
+        progress = read_progress(source)
+        other, step = other_flags(progress, cfg), progress["step"]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{source}/state.safetensors is damaged ({str(error)[:120]}); leave out --resume, which starts over")
+    if other:
+        raise UserError(f"--resume: {source} was started with other values of {', '.join(other)}; use those, "
+                        "or leave out --resume")
+    if step > cfg.steps:
+        raise UserError(f"--resume: {source} has {step} steps behind it, --steps {cfg.steps} is less; "
+                        "name more, or leave out --resume")
+    return source
+
+
 def begin_stage(cfg, name, models, optimizers):
     """Where a stage writes and where it starts: (unfinished folder, progress of the state resumed or {}).
 
     A stage works in out/NAME.partial and renames it to out/NAME when it is whole (`finish_stage`)."""
     final, partial = Path(cfg.out) / name, Path(cfg.out) / f"{name}.partial"
-    source = next((f for f in (partial, final) if (f / "state.safetensors").exists()), None)
-    if cfg.resume and source:
+    if source := check_resume(cfg, name):
         progress = load_state(source, models, optimizers)
-        if other := other_flags(progress, cfg):
-            raise UserError(f"--resume: {source} was started with other values of {', '.join(other)}; use those, "
-                            "or leave out --resume")
-        if progress["step"] > cfg.steps:
-            raise UserError(f"--resume: {source} has {progress['step']} steps behind it, --steps {cfg.steps} is less; "
-                            "name more, or leave out --resume")
         if source == final:
             first_alone(shutil.copytree)(final, partial, dirs_exist_ok=True)
         return partial, progress

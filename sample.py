@@ -36,9 +36,9 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data import (BODY_PHRASES, COMPANIONS, MODALITIES, MODALITY_PHRASES, BadRow, Finding, Phantoms, ask_whether, check_data,
-                  image_source, lexicon, match_findings, names_and_sides, open_data, read_findings, read_image, read_term,
-                  spread_indices)
+from data import (BODY_PHRASES, COMPANIONS, MODALITIES, MODALITY_PHRASES, BadRow, Finding, Phantoms, ask_whether,
+                  check_data, image_source, lexicon, match_findings, names_and_sides, open_data, read_findings, read_image,
+                  read_term, spread_indices)
 from model import (RunConfig, UserError, arg, batch_indices, cli, get_lr, init_run, load_folder, load_weights, read_json,
                    read_log, read_metadata, read_tensors, run, save_folder, set_lr, take_step, weights_hash, write_tensors,
                    write_text)

@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 import vqgan as vqgan_stage
 from data import Finding, data_name, fingerprint, image_source, lexicon, match_findings, open_data, read_findings
-from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, cli, config_for,
-                   finish_stage, first_alone, folder_hash, gather, generate, get_lr, init_run, is_made_by, make_optimizers, own,
-                   process, processes, read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, take_step,
-                   trained_parameters, wait, weights_hash, write_tensors, write_text)
+from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_resume, cli,
+                   config_for, finish_stage, first_alone, folder_hash, gather, generate, get_lr, init_run, is_made_by,
+                   make_optimizers, own, process, processes, read_tensors, run, run_flags, save_state, save_tuned,
+                   sequence_logps, set_lr, take_step, trained_parameters, wait, weights_hash, write_tensors, write_text)
 from vqgan import VQGAN, encode_images
 
 
@@ -347,6 +347,7 @@ def validate(model, studies, vocab, phrases):
 def train(cfg):
     """Instruction-tune a GPT and write out/sft."""
     device, autocast = init_run(cfg)
+    check_resume(cfg, "sft")                                 # before records are encoded, which begin_stage comes after
     shares = {task: getattr(cfg, f"{task}_share") for task in TASKS}
     if cfg.lora_rank and not cfg.init:
         raise UserError("--lora-rank adapts a model that can do something already: name one with --init")

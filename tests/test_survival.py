@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import vqgan
 from conftest import figures_of
+from fuzz import GOOD, run_case
 from kill import differences
-from model import read_log
+from model import read_log, read_progress
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,36 +32,26 @@ def wait_for(condition, process):
         time.sleep(0.02)
 
 
-def begun(log):
-    """Whether a loop has written to its log."""
-    return bool(read_log(log))
+def goes_on_as_if_nothing_had_happened(out, trained):
+    vqgan.main(["--preset", "tiny", "--dtype", "float32", "--out", str(out), "--resume"])
+    return not differences(trained / "vqgan", out / "vqgan") and \
+        figures_of(out / "vqgan.jsonl") == figures_of(trained / "vqgan.jsonl")
 
 
-@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(trained, tmp_path, signum, status):
+def test_one_run_in_a_folder_and_a_signal_ends_it_well(trained, tmp_path):
+    """SIGTERM ends the step, saves and says how to go on; a second run meanwhile is told who is at work."""
     first = start("vqgan.py", tmp_path)
-    wait_for(lambda: begun(tmp_path / "vqgan.jsonl"), first)
-    first.send_signal(signum)
-    _, said = first.communicate(timeout=60)
-    assert first.returncode == status and "--resume" in said and "Traceback" not in said
-    assert (tmp_path / "vqgan.partial" / "state.safetensors").exists()
-    second = start("vqgan.py", tmp_path, "--resume")
-    assert second.communicate(timeout=60) and second.returncode == 0
-    assert not differences(trained / "vqgan", tmp_path / "vqgan")
-    assert figures_of(tmp_path / "vqgan.jsonl") == figures_of(trained / "vqgan.jsonl")
-
-
-def test_two_runs_in_one_folder_are_one_too_many(tmp_path):
-    first = start("vqgan.py", tmp_path)
-    wait_for(lambda: begun(tmp_path / "vqgan.jsonl"), first)
+    wait_for(lambda: read_log(tmp_path / "vqgan.jsonl"), first)
     first.send_signal(signal.SIGSTOP)
     second = start("vqgan.py", tmp_path)
     _, said = second.communicate(timeout=60)
     assert second.returncode == 2 and f"process {first.pid}" in said and said.count("\n") == 1
-    first.kill()                                                        # a lock does not outlive its process
-    first.communicate()
-    third = start("vqgan.py", tmp_path, "--steps", "1")
-    assert third.communicate(timeout=60) and third.returncode == 0
+    first.send_signal(signal.SIGTERM)
+    first.send_signal(signal.SIGCONT)
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == 143 and "--resume" in said and "Traceback" not in said
+    assert 0 < read_progress(tmp_path / "vqgan.partial")["step"] < 40
+    assert goes_on_as_if_nothing_had_happened(tmp_path, trained)
 
 
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(trained, tmp_path):
@@ -68,6 +60,11 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(trained, tmp_path
     _, said = full.communicate(timeout=60)
     last = said.splitlines()[-1]
     assert full.returncode == 2 and "Traceback" not in said and last.startswith("error: ") and "state.safetensors" in last
-    again = start("vqgan.py", tmp_path, "--resume")
-    assert again.communicate(timeout=60) and again.returncode == 0
-    assert not differences(trained / "vqgan", tmp_path / "vqgan")
+    assert goes_on_as_if_nothing_had_happened(tmp_path, trained)
+
+
+@pytest.mark.parametrize("kind, cases", [("images", 60), ("metadata", 30), ("checkpoints", 20), ("states", 20), ("commands", 30)])
+def test_some_of_the_cases_of_the_fuzzer(trained, kind, cases):
+    """The first of the thousands that `python -m tests.fuzz` tries."""
+    ends = [run_case(kind, seed, trained) for seed in range(cases)]
+    assert set(ends) <= set(GOOD)
