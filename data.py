@@ -25,6 +25,7 @@ from collections import Counter
 from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
@@ -358,10 +359,44 @@ PIXEL_DISTORTIONS = {"noise": add_noise, "blur": blur, "contrast": lower_contras
 DISTORTIONS = (*PIXEL_DISTORTIONS, "region-noise", "remove", "add", "mirror", "other")
 
 
+class Twin(NamedTuple):
+    """A record's distorted twin: its image, and what tells the two apart in words, where that is known."""
+
+    image: np.ndarray | None     # None where the distortion does not apply
+    kind: str                    # of distortion; what was asked for, or what was done in its place
+    text: str = ""               # the twin's own report
+    question: str = ""           # one that the two answer differently
+    answers: tuple = ("", "")    # the record's and the twin's
+
+
+def ask_difference(spec, twin, rng):
+    """A question that two phantoms answer differently, and their answers: whether the changed finding is there, or its side."""
+    kinds, before, after = MODALITIES[spec.modality], *({f.name: f for f in s.findings} for s in (spec, twin))
+    name = next(n for n in kinds if before.get(n) != after.get(n))
+    if name in before and name in after:
+        return f"On which side is the {kinds[name].noun}?", tuple(f"{found[name].side.capitalize()}." for found in (before, after))
+    answers = tuple("Yes." if name in found else "No." for found in (before, after))
+    return ask_whether(kinds[name], rng.integers(2)), answers
+
+
+def ask_removed(record, name):
+    """The record's own question after this finding, its answer, and the opposite; ("", ("", "")) if it has none."""
+    named = phrase_pattern(PHRASES.get(name, (name.lower(),)))
+    return next(((q, (a, "No.")) for q, a in record.questions if named.search(q.lower()) and a.lower().startswith("yes")),
+                ("", ("", "")))
+
+
+def ask_both(record, another):
+    """A question that both records have and answer differently, and their answers; ("", ("", "")) if there is none."""
+    theirs = dict(another.questions)
+    return next(((q, (a, theirs[q])) for q, a in record.questions if theirs.get(q, a) != a), ("", ("", "")))
+
+
 def finding_mask(record, rng):
-    """The mask of one of the record's findings, or None where it has none."""
+    """Name and mask of one of the record's findings; ("", None) where none has a mask."""
     names = sorted({f.name for f in record.findings or ()} & record.masks.keys())
-    return record.masks[names[rng.integers(len(names))]] if names else None
+    name = names[rng.integers(len(names))] if names else ""
+    return name, record.masks.get(name)
 
 
 def erase(image, mask):
@@ -374,7 +409,7 @@ def erase(image, mask):
 
 
 def distort(records, index, kind, strength, rng, region=None):
-    """(distorted image, the kind used) of record `index`; the image is None where nothing applies.
+    """The Twin of record `index`.
 
     Global kinds are in PIXEL_DISTORTIONS. region-noise: noise inside one finding's mask only; where none has
     a mask, inside region(record), a mask (H, W) or None that the caller finds; else everywhere. remove, add,
@@ -382,32 +417,33 @@ def distort(records, index, kind, strength, rng, region=None):
     image has a finding's mask filled (remove) or is flipped (mirror). other: the image of another record,
     one that states something else.
     What a record cannot take falls back: a phantom's remove and mirror to add; a real image's add, and
-    its remove where no finding has a mask, to other. The kind returned tells; noise in the caller's region is
+    its remove where no finding has a mask, to other. The Twin's kind tells; noise in the caller's region is
     model-region-noise there."""
     record = records[index]
     if kind in PIXEL_DISTORTIONS:
-        return PIXEL_DISTORTIONS[kind](record.image, rng, strength), kind
+        return Twin(PIXEL_DISTORTIONS[kind](record.image, rng, strength), kind)
     if kind in ("remove", "add", "mirror") and record.spec:
         for change in (kind, "add"):
             if spec := redraw(record.spec, change, rng):
-                return draw(spec, record.image.shape[0])[0], change
-    mask = finding_mask(record, rng) if kind in ("remove", "region-noise") else None
+                image, _ = draw(spec, record.image.shape[0])
+                return Twin(image, change, write_report(spec), *ask_difference(record.spec, spec, rng))
+    name, mask = finding_mask(record, rng) if kind in ("remove", "region-noise") else ("", None)
     if kind == "remove" and mask is not None:
-        return erase(record.image, mask), kind
+        return Twin(erase(record.image, mask), kind, "", *ask_removed(record, name))
     if kind == "region-noise":
         if mask is None:
             kind, mask = "model-region-noise", region(record) if region else None
         noise = add_noise(record.image, rng, strength)
         if mask is None:
-            return noise, "noise"
-        return np.where(mask if noise.ndim == 2 else mask[..., None], noise, record.image), kind
+            return Twin(noise, "noise")
+        return Twin(np.where(mask if noise.ndim == 2 else mask[..., None], noise, record.image), kind)
     if kind == "mirror":
-        return flip(record.image, rng, strength), kind
+        return Twin(flip(record.image, rng, strength), kind)
     for _ in range(10 if len(records) > 1 else 0):
         another = records[(index + 1 + int(rng.integers(len(records) - 1))) % len(records)]
         if not same_statement(record, another):
-            return another.image, "other"
-    return None, "other"
+            return Twin(another.image, "other", another.text, *ask_both(record, another))
+    return Twin(None, "other")
 
 
 # ---- For consultation: how a phantom is drawn ----------------------------------------------------

@@ -4,35 +4,38 @@
     python dpo.py --objective mdpo         # another published objective, to out/mdpo
     python dpo.py --objective sft          # the control, out/control: same steps, same chosen sequences, plain SFT
 
-One pair is a genuine image m with its report y_w, a distorted image m', and a rejected report y_l, as a rule
-what the SFT model writes when shown m'. Of several m' (--candidates) the one is taken to which the SFT model still
-gives y_w most readily: a hard pair. With the reward r(y|x) = β·(log π_θ(y|x) − log π_ref(y|x)) the terms are
+One pair is a genuine study, image m and report y, and its distorted twin m' with what belongs to it: a report y', and for a
+question q that the two answer differently the answers a and a'. The twin only ever stands on the rejected side. With the reward
+r(y|x) = β·(log π_θ(y|x) − log π_ref(y|x)) the terms are −log σ of a chosen reward less a rejected one (DPO, arXiv:2305.18290):
 
-    text          −log σ(r(y_w|m) − r(y_l|m))     the genuine report over the other (DPO, arXiv:2305.18290)
-    image         −log σ(r(m|y_w) − r(m'|y_w))    draw the genuine image, not the distorted one
-    conditional   −log σ(r(y_w|m) − r(y_w|m'))    the report belongs to its own image (CoPO, arXiv:2406.11839)
-    anchor        −log σ(r(chosen) − δ)           what is chosen must not become less likely (AncPO, ibid.)
-    language      (1 − σ(r(y_w|m) − r(y_l|m))^q)/q      y_l written with the image's content gone (NaPO,
-                                                  arXiv:2503.17928)
-    vision        the same                              y_l written without the question
+                  the response is the twin's            the condition is the twin's
+    reading       text      r(y|m) − r(y_l|m)           text_given    r(y|m) − r(y|m')        (CoPO, arXiv:2406.11839)
+    drawing       image     r(m|y) − r(m'|y)            image_given   r(m|y) − r(m|y')
+    answering     answer    r(a|q,m) − r(a'|q,m)        answer_given  r(a|q,m) − r(a|q,m')
+
+y_l is, as a rule, what the SFT model writes when shown m'. Of several m' (--candidates) the one is taken to which the SFT model
+still gives y most readily: a hard pair. Further terms are
+
+    anchor        −log σ(r(chosen) − δ)           what is chosen must not become less likely (AncPO, arXiv:2406.11839)
+    language      (1 − σ(r(y|m) − r(y_l|m))^q)/q  y_l written with the image's content gone (NaPO, arXiv:2503.17928)
+    vision        the same                        y_l written without the question
     mask          −log σ(r(mask|m) − r(other mask|m))   two masks the SFT model drew, ranked by a judge
 
 and the objectives are sums of them, each term with its weight λ:
 
     dpo     text
-    mdpo    text + conditional + anchor
-    mfpo    text + conditional + anchor, from easy pairs to hard (arXiv:2410.15334): on the same pairs, mdpo and
+    mdpo    text + text_given + anchor
+    mfpo    text + text_given + anchor, from easy pairs to hard (arXiv:2410.15334): on the same pairs, mdpo and
             a curriculum; its other half is the data, m' distorted in the key region alone
     napo    text + language + vision
     rndpo   mask + image, margins over the codes alone in which the two differ, per code (arXiv:2601.23222)
-    bidpo   text + image + conditional + anchor
+    bidpo   all six contrasts + anchor
     sft     none: the control
 
-To every one the loop adds λ_s · NLL(chosen) + λ_r · NLL(rehearsal): plain SFT on the chosen report and image, and
-on questions, masks and emptied prompts, which pairs would let fade. λ_s is 1 for the control, else 0.5. bidpo
-follows the abstract of doi 10.1109/JBHI.2026.3707092, all of it that is public: text and image are the abstract's,
-conditional and anchor ours (--conditional-weight 0 --anchor-weight 0: the strict reading). rndpo is our reading of
-an abstract.
+To every one the loop adds λ_s · NLL(chosen) + λ_r · NLL(rehearsal): plain SFT on the chosen report, image and (bidpo and the
+control) answer, and on questions, masks and emptied prompts, which pairs would let fade. bidpo follows the abstract of doi
+10.1109/JBHI.2026.3707092, all of it that is public: text and image are the abstract's, the others ours (weights of 0 for
+them: the strict reading). rndpo is our reading of an abstract.
 
 The lesson, in order: contrasts and objectives, as pure functions; pairs; pairs as sequences, and their
 log-probabilities; training. For consultation: key region, entropy, mask proposals; pairs on disk.
@@ -61,8 +64,8 @@ import sft as sft_stage
 from data import DISTORTIONS, add_noise, check_data, data_name, distort, lexicon, open_data, statement_of
 from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_resume, cli, config_for,
                    finish_stage, gather, get_lr, init_run, is_made_by, make_optimizers, own, per_token_logps, process,
-                   read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out, take_step,
-                   trained_parameters, weights_hash, write_tensors)
+                   read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out,
+                   sum_over_processes, take_step, trained_parameters, weights_hash, write_tensors)
 from sft import (collate, dice, draw_masks, load_gpt, load_vqgan, make_example, open_studies, pick_task, response_loss,
                  sample_words)
 from vqgan import encode_images
@@ -79,7 +82,7 @@ class DPOConfig(TuneConfig):
     batch_size: int = arg(16, "pairs a step", most=65536)
     pairs: int = arg(4800, "pairs to build, from as many training records")
     distort: tuple = arg(("remove",), "kinds of distortion, drawn evenly: " + " ".join(DISTORTIONS), choices=DISTORTIONS)
-    candidates: int = arg(1, "distorted images to try for a pair; the one that the SFT model notices least is taken")
+    candidates: int = arg(4, "distorted images to try for a pair; the one that the SFT model notices least is taken")
     strength: int = arg(500, "noise and region-noise: DDPM step, 1 to 1000", most=1000)
     rejected: tuple = arg(("distorted",), "what the SFT model is shown when it writes the rejected report, mixed evenly: the "
                           "distorted image, the genuine one (own: its own errors), the genuine one's codes scrambled, or "
@@ -98,7 +101,10 @@ class DPOConfig(TuneConfig):
     beta: float = arg(0.5, "preference strength β, per nat (dpo, mdpo, mfpo, napo: 0.1; rndpo: 5)")
     text_weight: float = arg(0.5, "λ of text (dpo, mdpo, mfpo, napo: 1)")
     image_weight: float = arg(0.1, "λ of image")
-    conditional_weight: float = arg(1.0, "λ of conditional")
+    text_given_weight: float = arg(2.0, "λ of text_given (mdpo, mfpo: 1)")
+    image_given_weight: float = arg(1.0, "λ of image_given")
+    answer_weight: float = arg(0.5, "λ of answer")
+    answer_given_weight: float = arg(1.0, "λ of answer_given")
     anchor_weight: float = arg(0.2, "λ of anchor (mdpo, mfpo: 1)")
     anchor_delta: float = arg(0.0, "δ of mdpo, η of mfpo: reward that the anchor asks of chosen sequences")
     language_weight: float = arg(1.0, "λ of language")
@@ -107,12 +113,13 @@ class DPOConfig(TuneConfig):
     napo_alpha: float = arg(1.0, "napo: α, how steeply q falls as margins grow")
     q_min: float = arg(0.001, "napo: least q; towards 0 the term becomes DPO's", least=1e-6, most=1)
     q_max: float = arg(1.0, "napo: greatest q; at 1 the term is the noise-robust mean absolute error", most=1)
-    sft_weight: float = arg(0.5, "λ_s: mean negative log-probability of chosen sequences, per token (sft: 1)")
-    rehearsal_weight: float = arg(1.0, "λ_r: the same of questions, masks and emptied prompts")
+    sft_weight: float = arg(10.0, "λ_s: mean negative log-probability of chosen sequences, per token (sft: 1, others 0.5)")
+    rehearsal_weight: float = arg(10.0, "λ_r: the same of questions, masks and emptied prompts (all but bidpo: 1)")
     rehearsal_size: int = arg(32, "rehearsal sequences a step", most=65536)
     lr: float = arg(5e-4, "peak learning rate of embeddings and norms (AdamW)")
     muon_lr: float = arg(2e-3, "peak learning rate of the matrices inside blocks (Muon)")
     log_every: int = arg(10, "steps between log lines")
+    grad_every: int = arg(50, "steps between looks at the gradient of each term, logged as grad/TERM")
     save_every: int = arg(100, "steps between saved states, for --resume")
     resume: bool = arg(False, "go on from the last saved state")
 
@@ -120,11 +127,13 @@ class DPOConfig(TuneConfig):
 PRESETS = {"tiny": dict(steps=12, batch_size=4, pairs=32, rehearsal_size=4, proposals=3), "small": {},
            "quick": dict(steps=60, pairs=800, candidates=3, rehearsal_size=16),
            "base": dict(steps=2000, batch_size=32, pairs=40000, lr=1e-4, muon_lr=5e-4)}
-PUBLISHED = dict(beta=0.1, text_weight=1.0)
+GENTLE = dict(sft_weight=0.5, rehearsal_weight=1.0)
+PUBLISHED = dict(beta=0.1, text_weight=1.0, text_given_weight=1.0, **GENTLE)
 # bidpo's defaults are the flags' own, found on phantoms; the others' are the papers' where they give one
 OBJECTIVE_DEFAULTS = {"bidpo": {}, "dpo": PUBLISHED, "mdpo": PUBLISHED | dict(anchor_weight=1.0), "napo": PUBLISHED,
                       "mfpo": PUBLISHED | dict(anchor_weight=1.0, curriculum=True),
-                      "rndpo": dict(beta=5.0, normalise=True), "sft": dict(sft_weight=1.0)}
+                      "rndpo": dict(beta=5.0, normalise=True, **GENTLE),
+                      "sft": dict(sft_weight=1.0, rehearsal_weight=1.0)}
 
 
 # ---- The lesson: contrasts, and objectives as pure functions of them -----------------------------
@@ -134,15 +143,22 @@ SEQUENCES = {"text_chosen": lambda p: ("report", p.codes, p.chosen),
              "text_rejected": lambda p: ("report", p.codes, p.rejected),
              "text_language": lambda p: ("report", p.codes, p.reports["scrambled"]),
              "text_vision": lambda p: ("report", p.codes, p.reports["no-question"]),
-             "text_distorted": lambda p: ("report", p.distorted, p.chosen),
+             "text_given": lambda p: ("report", p.distorted, p.chosen),
              "image_chosen": lambda p: ("generate", p.chosen, p.codes),
              "image_rejected": lambda p: ("generate", p.chosen, p.distorted),
+             "image_given": lambda p: ("generate", p.twin_text, p.codes),
+             "answer_chosen": lambda p: ("ask", p.codes, p.answers[0]),
+             "answer_rejected": lambda p: ("ask", p.codes, p.answers[1]),
+             "answer_given": lambda p: ("ask", p.distorted, p.answers[0]),
              "mask_chosen": lambda p: ("segment", p.codes, p.masks[0]),
              "mask_rejected": lambda p: ("segment", p.codes, p.masks[1])}
 # contrast: its chosen and its rejected sequence
-CONTRASTS = {"text": ("text_chosen", "text_rejected"), "image": ("image_chosen", "image_rejected"),
-             "conditional": ("text_chosen", "text_distorted"), "language": ("text_chosen", "text_language"),
-             "vision": ("text_chosen", "text_vision"), "mask": ("mask_chosen", "mask_rejected")}
+CONTRASTS = {"text": ("text_chosen", "text_rejected"), "text_given": ("text_chosen", "text_given"),
+             "image": ("image_chosen", "image_rejected"), "image_given": ("image_chosen", "image_given"),
+             "answer": ("answer_chosen", "answer_rejected"), "answer_given": ("answer_chosen", "answer_given"),
+             "language": ("text_chosen", "text_language"), "vision": ("text_chosen", "text_vision"),
+             "mask": ("mask_chosen", "mask_rejected")}
+BOTH_WAYS = ("text", "text_given", "image", "image_given", "answer", "answer_given")
 CHOSEN = ("text_chosen", "image_chosen")      # what the NLL is taken of, for every objective and the control
 
 
@@ -214,15 +230,14 @@ def dpo_loss(contrasts, rewards, cfg):
 
 
 def bidpo_loss(contrasts, rewards, cfg):
-    """Both directions (doi 10.1109/JBHI.2026.3707092), with a conditional and an anchor term of our own choice."""
-    return {"text": preference_loss(contrasts["text"]), "image": preference_loss(contrasts["image"]),
-            "conditional": preference_loss(contrasts["conditional"]),
-            "anchor": sum(anchor_loss(rewards[sequence], cfg.anchor_delta) for sequence in CHOSEN)}
+    """Both directions and answers: text and image of doi 10.1109/JBHI.2026.3707092, the other terms of our own choice."""
+    return {name: preference_loss(contrasts[name]) for name in BOTH_WAYS} | {
+        "anchor": sum(anchor_loss(rewards[sequence], cfg.anchor_delta) for sequence in CHOSEN)}
 
 
 def mdpo_loss(contrasts, rewards, cfg):
     """DPO + CoPO + AncPO (arXiv:2406.11839). MFPO (arXiv:2410.15334) has the same sum, on other data in another order."""
-    return {"text": preference_loss(contrasts["text"]), "conditional": preference_loss(contrasts["conditional"]),
+    return {"text": preference_loss(contrasts["text"]), "text_given": preference_loss(contrasts["text_given"]),
             "anchor": anchor_loss(rewards["text_chosen"], cfg.anchor_delta)}
 
 
@@ -243,8 +258,8 @@ def no_loss(contrasts, rewards, cfg):
 
 
 # objective: its function and the contrasts it needs
-OBJECTIVES = {"dpo": (dpo_loss, ("text",)), "bidpo": (bidpo_loss, ("text", "image", "conditional")),
-              "mdpo": (mdpo_loss, ("text", "conditional")), "mfpo": (mdpo_loss, ("text", "conditional")),
+OBJECTIVES = {"dpo": (dpo_loss, ("text",)), "bidpo": (bidpo_loss, BOTH_WAYS),
+              "mdpo": (mdpo_loss, ("text", "text_given")), "mfpo": (mdpo_loss, ("text", "text_given")),
               "napo": (napo_loss, ("text", "language", "vision")), "rndpo": (rndpo_loss, ("mask", "image")),
               "sft": (no_loss, ())}
 
@@ -254,9 +269,14 @@ def contrasts_of(cfg):
     return OBJECTIVES[cfg.objective][1]
 
 
+def chosen_of(cfg):
+    """The names of the chosen sequences that the NLL is taken of."""
+    return CHOSEN + (("answer_chosen",) if cfg.objective in ("bidpo", "sft") else ())
+
+
 def sequences_of(cfg):
-    """The names of the sequences that the objective scores, CHOSEN first."""
-    return tuple(dict.fromkeys(CHOSEN + sum((CONTRASTS[name] for name in contrasts_of(cfg)), ())))
+    """The names of the sequences that the objective scores, the chosen ones first."""
+    return tuple(dict.fromkeys(chosen_of(cfg) + sum((CONTRASTS[name] for name in contrasts_of(cfg)), ())))
 
 
 def objective_loss(ratios, keep, cfg):
@@ -285,6 +305,9 @@ class Pair:
     codes: np.ndarray            # (N,) genuine image
     distorted: np.ndarray        # (N,) distorted image
     chosen: str                  # the genuine report
+    twin_text: str = ""          # the twin's own report; where it has none, what the SFT model writes of its image
+    question: str = ""           # one that the two answer differently; "" where none is known
+    answers: tuple = ("", "")    # the genuine study's answer and the twin's
     reports: dict = field(default_factory=dict)     # writer -> what the SFT model wrote (WRITERS)
     entropy: float | None = None            # semantic entropy of its reports on the genuine image, in nats
     structure: str = ""          # of the proposals; "" where the record has no masks
@@ -312,14 +335,14 @@ WRITERS = {"distorted": lambda p, vocab: vocab.report_prompt(p.distorted),
 BIASED = {"language": "scrambled", "vision": "no-question"}      # contrast: which of these gives its rejected report
 
 
-def distorted_images(records, index, cfg, region):
-    """The different ones among cfg.candidates distortions of a record, [(image, kind)], drawn from (seed, index)."""
-    rng, images = np.random.default_rng([cfg.seed, 5, index]), {}
+def twins_of(records, index, cfg, region):
+    """The different ones among cfg.candidates twins of a record, drawn from (seed, index): a list of Twin."""
+    rng, twins = np.random.default_rng([cfg.seed, 5, index]), {}
     for _ in range(cfg.candidates):
-        image, kind = distort(records, index, cfg.distort[rng.integers(len(cfg.distort))], cfg.strength, rng, region)
-        if image is not None:
-            images.setdefault(image.tobytes(), (image, kind))
-    return list(images.values())
+        twin = distort(records, index, cfg.distort[rng.integers(len(cfg.distort))], cfg.strength, rng, region)
+        if twin.image is not None:
+            twins.setdefault(twin.image.tobytes(), twin)
+    return list(twins.values())
 
 
 def build_pairs(records, studies, cfg, vqgan, region, autocast):
@@ -329,16 +352,16 @@ def build_pairs(records, studies, cfg, vqgan, region, autocast):
     A record makes as many as it has different distorted images. A pair whose two images have the same codes is
     dropped. Raises UserError if none is left."""
     def draft(batch):                            # of some records: their pairs, and why others make none
-        drafts, dropped = [], Counter()          # (index, record, distorted image, its kind)
+        drafts, dropped = [], Counter()          # (index, record, twin)
         for index in map(int, batch):
             record = records[index]
-            images = distorted_images(records, index, cfg, region) if record.text else []
-            drafts += [(index, record, *image_and_kind) for image_and_kind in images]
-            if not images:
+            twins = twins_of(records, index, cfg, region) if record.text else []
+            drafts += [(index, record, twin) for twin in twins]
+            if not twins:
                 dropped["which no distortion fits" if record.text else "without text"] += 1
-        twins = encode_images([image for _, _, image, _ in drafts], vqgan, autocast) if drafts else ()
-        pairs = [Pair(index, record.name, kind, studies[index].codes, twin, record.text)
-                 for (index, record, _, kind), twin in zip(drafts, twins)]
+        distorted = encode_images([twin.image for _, _, twin in drafts], vqgan, autocast) if drafts else ()
+        pairs = [Pair(index, record.name, twin.kind, studies[index].codes, codes, record.text, *twin[2:])
+                 for (index, record, twin), codes in zip(drafts, distorted)]
         differing = [p for p in pairs if (p.codes != p.distorted).any()]
         dropped["whose codes the distortion left as they were"] = len(pairs) - len(differing)
         return differing, dropped
@@ -389,6 +412,7 @@ def set_responses(pairs, cfg):
     for i, pair in enumerate(pairs):
         pair.wording = int(np.random.default_rng([cfg.seed, 6, i]).integers(3))
         pair.rejected = pair.reports[cfg.rejected[i % len(cfg.rejected)]]
+        pair.twin_text = pair.twin_text or pair.reports["distorted"]
         pair.masks = (pair.codes, pair.codes)       # without masks to compare, a row that counts for no contrast of masks
         if pair.structure:
             rng = np.random.default_rng([cfg.seed, 11, i])
@@ -400,15 +424,18 @@ def set_responses(pairs, cfg):
 def pairs_that_count(pairs, cfg, phrases):
     """Which pairs count, {contrast: (n,) bool}: those whose two sides state something else, or differ in a code.
 
-    Raises UserError for a contrast without any such pair."""
-    differ = {"image": lambda p: True, "conditional": lambda p: True,          # build_pairs has seen to these
+    Raises UserError for a contrast without any such pair; answers alone may be wanting, as not all data ask."""
+    states = lambda text: statement_of(text, phrases)
+    differ = {"image": lambda p: True, "text_given": lambda p: True,           # build_pairs has seen to these
               "mask": lambda p: (p.masks[0] != p.masks[1]).any(),              # |Ω| = 0 carries no signal
-              "text": lambda p: statement_of(p.rejected, phrases) != statement_of(p.chosen, phrases)}
+              "text": lambda p: states(p.rejected) != states(p.chosen),
+              "image_given": lambda p: states(p.twin_text) != states(p.chosen),
+              "answer": lambda p: bool(p.question), "answer_given": lambda p: bool(p.question)}
     for bias, writer in BIASED.items():
-        differ[bias] = lambda p, writer=writer: statement_of(p.reports[writer], phrases) != statement_of(p.chosen, phrases)
+        differ[bias] = lambda p, writer=writer: states(p.reports[writer]) != states(p.chosen)
     keep = {name: np.array([differ[name](p) for p in pairs], bool) for name in contrasts_of(cfg)}
     counts = ", ".join(f"{name} {int(v.sum())}" for name, v in keep.items())
-    if not all(v.any() for v in keep.values()):
+    if not all(v.any() for name, v in keep.items() if not name.startswith("answer")):
         raise UserError(f"--objective {cfg.objective} finds no usable preference pair: of {len(pairs)}, chosen and rejected "
                         f"differ in: {counts}; try another --rejected or --distort, or a --pair-temperature above 0")
     if keep:
@@ -430,6 +457,8 @@ def pair_example(pair, sequence, vocab):
         return vocab.report_prompt(shown, pair.wording), vocab.text_response(response)
     if task == "generate":
         return vocab.generate_prompt(shown, pair.wording), vocab.image_response(response)
+    if task == "ask":
+        return vocab.ask_prompt(shown, pair.question), vocab.text_response(response)
     return vocab.segment_prompt(shown, pair.structure, pair.wording), vocab.image_response(response)
 
 
@@ -496,6 +525,26 @@ def pick_pairs(pairs, cfg, step):
     return pool[batch_indices(len(pool), cfg.batch_size, step, cfg.seed)]
 
 
+def chosen_nll(policy_sums, asked, cfg):
+    """Mean negative log-probability of the chosen sequences' tokens, in nats. asked (B,), 0 or 1: whether a pair has a question."""
+    nats = tokens = 0
+    for name in chosen_of(cfg):
+        counts = asked if name == "answer_chosen" else torch.ones_like(asked)
+        nats, tokens = nats + (policy_sums[name].whole * counts).sum(), tokens + (policy_sums[name].tokens * counts).sum()
+    return -nats / tokens
+
+
+def gradient_norms(losses, parameters):
+    """Norm of the gradient of each weighted loss, {"grad/NAME": norm}: who pulls how hard."""
+    norms = {}
+    for name, loss in losses.items():
+        grads = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
+        grads = [g for g in grads if g is not None]
+        sum_over_processes(grads)
+        norms[f"grad/{name}"] = torch.stack([g.norm() for g in grads]).norm()
+    return norms
+
+
 def contrast_metrics(ratios, policy_sums, contrasts, cfg):
     """TRL's log names for each contrast: rewards_text/margins, logps_image/chosen, …
 
@@ -528,6 +577,7 @@ def train(cfg):
     reference_sums = sum_reference_logps(model, pairs, sequences, vocab, cfg, autocast)
     sft_hash = weights_hash(model)
     adapter = add_lora(model, cfg, Path(cfg.out) / "sft") if cfg.lora_rank else None
+    asked = torch.tensor([bool(p.question) for p in pairs], device=device).float()
     model.train()
     model.recompute = cfg.recompute
     trained = trained_parameters(model)
@@ -547,14 +597,18 @@ def train(cfg):
         policy_sums = {k: Sums(*map(gather, sums)) for k, sums in policy_sums.items()}     # of all processes' pairs
         ratios = log_ratios(policy_sums, reference_sums, indices)
         preference, terms, contrasts = objective_loss(ratios, {k: v[indices] for k, v in keep.items()}, cfg)
-        nll = -sum(policy_sums[k].whole.sum() for k in CHOSEN) / sum(policy_sums[k].tokens.sum() for k in CHOSEN)
+        nll = chosen_nll(policy_sums, asked[indices], cfg)
         loss = preference + cfg.sft_weight * nll + cfg.rehearsal_weight * rehearsal
+        norms = {}
+        if step % cfg.grad_every == 0:
+            parts = {**terms, "sft": nll, "rehearsal": rehearsal}
+            norms = gradient_norms({name: getattr(cfg, f"{name}_weight") * part for name, part in parts.items()}, trained)
         grad_norm = take_step(loss, trained, optimizers, clip=1.0)
         log.count(step, grad_norm)
 
-        if step % cfg.log_every == 0 or step + 1 == cfg.steps:
+        if step % cfg.log_every == 0 or step + 1 == cfg.steps or norms:
             logged = {"nll_loss": nll, "rehearsal_loss": rehearsal, **{f"loss_{k}": v for k, v in terms.items()},
-                      **{f"drift/{k}": ratios[k].whole.mean() for k in CHOSEN},
+                      **{f"drift/{k}": ratios[k].whole.mean() for k in CHOSEN}, **norms,
                       **contrast_metrics(ratios, policy_sums, contrasts, cfg)}
             log(step, ("loss", *(f"rewards_{k}/margins" for k in contrasts)), loss=loss.detach(), grad_norm=grad_norm,
                 lr=optimizers[-1].param_groups[0]["lr"], **{k: v.detach() for k, v in logged.items()})
@@ -592,6 +646,17 @@ def key_region(record, model, vocab, vqgan, autocast):
         logps = sequence_logps(model, *collate(examples, vocab.pad, model.device))
     cost = (logps[0] - logps[1:]).cpu().numpy()
     return np.isin(blocks(h, w), np.flatnonzero(cost >= cost.max() / 2)) if cost.max() > 0 else None
+
+
+def add_questions(pairs, studies, model, vocab, cfg, autocast):
+    """For pairs without one, a question of the record's own to which the SFT model answers otherwise when shown the twin."""
+    without = [(p, qs[p.index % len(qs)]) for p in pairs if not p.question and (qs := studies[p.index].questions)]
+    with autocast():
+        said = [sample_words(model, vocab, [vocab.ask_prompt(codes(p), q) for p, (q, _) in without])
+                for codes in (lambda p: p.codes, lambda p: p.distorted)]
+    for (pair, (question, answer)), genuine, twin in zip(without, *said):
+        if twin not in (genuine, answer):
+            pair.question, pair.answers = question, (answer, twin)
 
 
 def add_entropy(pairs, model, vocab, cfg, phrases):
@@ -648,11 +713,12 @@ def read_pairs(folder, codebook_size):
         if any(k != "scores" and not ((v >= 0) & (v < codebook_size)).all() for k, v in codes.items()):
             raise ValueError("codes that the image tokenizer has not")
         pairs = [Pair(codes=c, distorted=d, **row) for c, d, row in zip(codes["genuine"], codes["distorted"], rows, strict=True)]
-        if not all(isinstance(text, str) for p in pairs for text in (p.chosen, p.structure, *p.reports.values())):
+        if not all(isinstance(text, str) for p in pairs
+                   for text in (p.chosen, p.structure, p.twin_text, p.question, *p.answers, *p.reports.values())):
             raise ValueError("reports that are no text")
         with_masks = [p for p in pairs if p.structure]
-        for pair, pair.proposals, pair.scores in zip(with_masks, codes.get("proposals", ()), codes.get("scores", ()), strict=True):
-            pass
+        for pair, proposals, scores in zip(with_masks, codes.get("proposals", ()), codes.get("scores", ()), strict=True):
+            pair.proposals, pair.scores = proposals, scores
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         tqdm.write(f"{folder} is damaged ({str(error)[:120]}); `python dpo.py` builds it anew")
         return None
@@ -672,7 +738,8 @@ def write_pairs(cfg, pairs, recipe):
     write_tensors(new / "codes.safetensors", {k: torch.tensor(np.stack(v)) for k, v in tensors.items()}, {})
     with open(new / "pairs.jsonl", "w", encoding="utf-8") as f:
         for p in pairs:
-            row = {k: getattr(p, k) for k in ("index", "name", "kind", "structure", "entropy", "chosen", "reports")}
+            row = {k: getattr(p, k) for k in ("index", "name", "kind", "structure", "entropy", "chosen", "twin_text", "question",
+                                              "answers", "reports")}
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
     (new / "config.json").write_text(json.dumps(recipe, indent=2) + "\n")
     finish_stage(cfg, "pairs")
@@ -716,9 +783,10 @@ def load_or_build_pairs(cfg, records, studies, phrases, vqgan, model, vocab, aut
         region = lambda record: key_region(record, model, vocab, vqgan, autocast)
         pairs = build_pairs(records, studies, cfg, vqgan, region, autocast)
         if cfg.candidates > 1:                              # all in wording 0, until set_responses draws it
-            logps = sum_reference_logps(model, pairs, ("text_distorted",), vocab, cfg, autocast)["text_distorted"]
+            logps = sum_reference_logps(model, pairs, ("text_given",), vocab, cfg, autocast)["text_given"]
             pairs = least_noticed(pairs, logps.whole)
             tqdm.write(f"of these kept, the least noticed of each record: {count_kinds(pairs)}")
+        add_questions(pairs, studies, model, vocab, cfg, autocast)
     with autocast():
         added = add_missing(pairs, cfg, records, phrases, model, vocab, vqgan)
     if added or not found:

@@ -32,12 +32,12 @@ from model import UserError, cli, other_flags, read_log, read_progress, run, wri
 SCALE = {"vqgan": [], "sft": ["--steps", "1300", "--val-every", "130"],
          "dpo": ["--steps", "200", "--pairs", "3200"],
          "sample": ["--n", "1000", "--seed", "7"]}
-TABLE = {"control": "--objective sft", "dpo": "--objective dpo", "bidpo": "", "bidpo-c2": "--conditional-weight 2",
+TABLE = {"control": "--objective sft", "dpo": "--objective dpo", "bidpo": "", "bidpo-c2": "--text-given-weight 2",
          "bidpo-t0": "--text-weight 0 --sft-weight 1",       # no preference between reports, and the control's SFT term
          "mdpo": "--objective mdpo", "mfpo": "--objective mfpo", "napo": "--objective napo", "rndpo": "--objective rndpo"}
 # What the papers claim, and why the preference between reports costs (text0, add, own). On these pairs mdpo is mfpo
 # without its curriculum; mask-dpo is rndpo without its normalisation, at DPO's β.
-CLAIMS = {"bidpo-own": "--rejected own", "bidpo-strict": "--conditional-weight 0 --anchor-weight 0",
+CLAIMS = {"bidpo-own": "--rejected own", "bidpo-strict": "--text-given-weight 0 --anchor-weight 0",
           "bidpo-text0": "--text-weight 0", "bidpo-t0-add": "--text-weight 0 --sft-weight 1 --distort remove remove add",
           "dpo-own": "--objective dpo --rejected own",
           **{f"{o}-flip{p}": f"--objective {o} --flip-pairs 0.{p}" for p in (10, 20, 30) for o in ("dpo", "napo")},

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image, ImageFilter
 
 import data
-from data import (BODY_PHRASES, COMPANIONS, DISTORTIONS, MODALITIES, MODALITY_PHRASES, PHRASES, PIXEL_DISTORTIONS,
-                  Finding, Phantoms, Record, Spec, add_noise, ask_phantom, ask_whether, check_data, data_name, distort,
-                  draw, erase, flip, lexicon, match_findings, names_and_sides, open_data, phantom_record, phantom_spec,
-                  random_finding, read_findings, read_term, redraw, spread_indices, statement_of, write_report)
+from data import (BODY_PHRASES, COMPANIONS, DISTORTIONS, MODALITIES, MODALITY_PHRASES, PHRASES, PIXEL_DISTORTIONS, Finding,
+                  Phantoms, Record, Spec, add_noise, ask_both, ask_difference, ask_phantom, ask_removed, ask_whether,
+                  check_data, data_name, distort, draw, erase, flip, lexicon, match_findings, names_and_sides, open_data,
+                  phantom_record, phantom_spec, random_finding, read_findings, read_term, redraw, spread_indices,
+                  statement_of, write_report)
 from model import UserError
 
 SHARED = Path(data.__file__).resolve().parent.parent / "shared" / "data"
@@ -521,7 +522,7 @@ def test_erase_fills_with_the_median_around():
 @pytest.mark.parametrize("record", [REAL_GRAY, COLOUR], ids=["gray", "rgb"])
 @pytest.mark.parametrize("kind", ["region-noise", "remove"])
 def test_region_kinds_touch_only_the_mask_of_a_real_record(record, kind):
-    image, used = distort([record, OTHER], 0, kind, 900, rng())
+    image, used, *_ = distort([record, OTHER], 0, kind, 900, rng())
     changed = (image != record.image).reshape(64, 64, -1).any(axis=2)
     mask = record.masks["effusion"]
     assert used == kind and image.shape == record.image.shape and image.dtype == np.uint8
@@ -529,7 +530,7 @@ def test_region_kinds_touch_only_the_mask_of_a_real_record(record, kind):
 
 
 def test_region_noise_of_a_phantom_touches_only_a_findings_mask():
-    image, kind = distort([GRAY, OTHER], 0, "region-noise", 900, rng())
+    image, kind, *_ = distort([GRAY, OTHER], 0, "region-noise", 900, rng())
     assert kind == "region-noise" and not (image != GRAY.image)[~GRAY.masks["effusion"]].any()
 
 
@@ -537,9 +538,9 @@ def test_remove_add_and_mirror_of_a_phantom_are_redrawn():
     without = draw(replace(GRAY.spec, findings=()))[0]
     across = draw(replace(GRAY.spec, findings=(Finding("effusion", "right", "large"),)))[0]
     for kind, expected in (("remove", without), ("mirror", across)):
-        image, used = distort([GRAY, OTHER], 0, kind, 500, rng())
+        image, used, *_ = distort([GRAY, OTHER], 0, kind, 500, rng())
         assert used == kind and np.array_equal(image, expected)
-    image, used = distort([GRAY, OTHER], 0, "add", 500, rng(3))
+    image, used, *_ = distort([GRAY, OTHER], 0, "add", 500, rng(3))
     assert used == "add" and np.array_equal(image, draw(redraw(GRAY.spec, "add", rng(3)))[0])
 
 
@@ -555,7 +556,7 @@ BARE = replace(REAL_GRAY, findings=None, masks={})
     (NORMAL, "region-noise", "noise"), (BARE, "region-noise", "noise"), (BARE, "remove", "other"),
     (BARE, "add", "other"), (BARE, "mirror", "mirror"), (GRAY, "other", "other")])
 def test_what_a_record_cannot_take_falls_back(record, kind, used):
-    image, actual = distort([record, OTHER], 0, kind, 500, rng())
+    image, actual, *_ = distort([record, OTHER], 0, kind, 500, rng())
     assert actual == used
     if used == "other":
         assert np.array_equal(image, OTHER.image)
@@ -567,10 +568,10 @@ def test_region_noise_asks_for_a_region_where_no_finding_has_a_mask():
     """The caller's region bounds the noise; where it finds none, noise is everywhere, and the kind says so."""
     corner = np.zeros((64, 64), bool)
     corner[:16, :16] = True
-    image, kind = distort([BARE, OTHER], 0, "region-noise", 900, rng(), lambda record: corner)
+    image, kind, *_ = distort([BARE, OTHER], 0, "region-noise", 900, rng(), lambda record: corner)
     changed = image != BARE.image
     assert kind == "model-region-noise" and changed[corner].mean() > 0.5 and not changed[~corner].any()
-    image, kind = distort([BARE, OTHER], 0, "region-noise", 900, rng(), lambda record: None)
+    image, kind, *_ = distort([BARE, OTHER], 0, "region-noise", 900, rng(), lambda record: None)
     assert kind == "noise" and (image != BARE.image)[~corner].mean() > 0.5
     # a finding's own mask comes first
     assert distort([GRAY, OTHER], 0, "region-noise", 900, rng(), lambda record: corner)[1] == "region-noise"
@@ -578,21 +579,42 @@ def test_region_noise_asks_for_a_region_where_no_finding_has_a_mask():
 
 def test_other_is_never_the_record_itself_and_any_other_record():
     records = [replace(OTHER, image=np.full((64, 64), i, np.uint8), text=f"No. {i}") for i in range(4)]
-    assert {int(distort(records, 2, "other", 1, rng(s))[0][0, 0]) for s in range(40)} == {0, 1, 3}
+    assert {int(distort(records, 2, "other", 1, rng(s)).image[0, 0]) for s in range(40)} == {0, 1, 3}
 
 
 def test_a_lone_record_has_no_other_nor_one_among_its_like():
     """Another image of which the same is stated contradicts nothing."""
-    assert distort([OTHER], 0, "other", 1, rng()) == (None, "other")
-    assert distort([GRAY, replace(GRAY, text="In other words.")], 0, "other", 1, rng()) == (None, "other")
+    assert distort([OTHER], 0, "other", 1, rng()) [:2] == (None, "other")
+    assert distort([GRAY, replace(GRAY, text="In other words.")], 0, "other", 1, rng()) [:2] == (None, "other")
     unknown = replace(OTHER, findings=None)
-    assert distort([unknown, unknown], 0, "other", 1, rng()) == (None, "other")
+    assert distort([unknown, unknown], 0, "other", 1, rng()) [:2] == (None, "other")
     assert distort([unknown, replace(unknown, text="Else.")], 0, "other", 1, rng())[0] is not None
 
 
 @pytest.mark.parametrize("kind", DISTORTIONS)
 def test_distort_is_deterministic_and_differs_from_the_record(kind):
     records = [GRAY, NORMAL, OTHER]
-    (one, kind_one), (two, kind_two) = (distort(records, 0, kind, 500, rng(7)) for _ in range(2))
+    (one, kind_one, *_), (two, kind_two, *_) = (distort(records, 0, kind, 500, rng(7)) for _ in range(2))
     assert kind_one == kind_two and np.array_equal(one, two)
     assert one.shape == GRAY.image.shape and one.dtype == np.uint8 and not np.array_equal(one, GRAY.image)
+
+
+# ---- Questions that a record and its twin answer differently -------------------------------------
+
+
+@pytest.mark.parametrize("change, before, after, question, answers", [
+    ("remove", "left", None, "nodule", ("Yes.", "No.")), ("add", None, "left", "nodule", ("No.", "Yes.")),
+    ("mirror", "left", "right", "On which side is the nodule?", ("Left.", "Right."))])
+def test_a_changed_finding_is_asked_for(change, before, after, question, answers):
+    spec = phantom_spec(0, "test", 0, 0, modalities=1)
+    one, two = (replace(spec, findings=(Finding("nodule", side, "", "lower"),) if side else ()) for side in (before, after))
+    asked, said = ask_difference(one, two, rng())
+    assert question in asked and said == answers
+
+
+def test_real_records_are_asked_in_their_own_words():
+    record = replace(OTHER, questions=(("Where is it?", "Left."), ("Any nodules?", "Yes, one."), ("Which part?", "Hand.")))
+    assert ask_removed(record, "nodule") == ("Any nodules?", ("Yes, one.", "No."))
+    assert ask_removed(record, "effusion") == ("", ("", ""))
+    another = replace(OTHER, questions=(("Where is it?", "Left."), ("Which part?", "Head.")))
+    assert ask_both(record, another) == ("Which part?", ("Hand.", "Head.")) and ask_both(record, record) == ("", ("", ""))

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 import dpo
 from conftest import Blind, Means
-from data import PHRASES, Finding, Phantoms, Record
+from data import PHRASES, Finding, Phantoms, Record, read_findings
 from model import GPT, GPTConfig, UserError, cli, read_log, read_tensors, sequence_logps
 from sft import INSTRUCTIONS, Vocabulary, encode_records
 from vqgan import stack, to_pixels
@@ -21,17 +22,17 @@ VOCAB = Vocabulary.train(["Enlarged heart. No effusion. Normal."] * 3, codebook_
 REPORTS = {"distorted": "Normal.", "own": "Enlarged heart. Left effusion.", "scrambled": "No effusion.",
            "no-question": "Left effusion."}
 # the terms of each objective; bidpo's anchor holds two sequences
-TERMS = {"dpo": ["text"], "bidpo": ["text", "image", "conditional", "anchor", "anchor"],
-         "mdpo": ["text", "conditional", "anchor"], "mfpo": ["text", "conditional", "anchor"],
+TERMS = {"dpo": ["text"], "bidpo": [*dpo.BOTH_WAYS, "anchor", "anchor"],
+         "mdpo": ["text", "text_given", "anchor"], "mfpo": ["text", "text_given", "anchor"],
          "napo": ["text", "language", "vision"], "rndpo": ["mask", "image"]}
 
 
 def make_pairs():
     scores = np.array([[0.9, 0.5, 0.1], [0.2, 0.3, 0.8]], np.float32)
     masks = np.array([[1, 1, 1, 1], [1, 1, 2, 2], [5, 1, 1, 6]])
-    return [dpo.Pair(0, "a", "remove", np.array([1, 2, 3, 4]), np.array([1, 2, 7, 4]), "Enlarged heart.", dict(REPORTS), 0.5,
-                     "heart", masks, scores),
-            dpo.Pair(1, "b", "add", np.array([0, 0, 3, 4]), np.array([5, 2, 7, 4]), "Normal.", dict(REPORTS))]
+    return [dpo.Pair(0, "a", "remove", np.array([1, 2, 3, 4]), np.array([1, 2, 7, 4]), "Enlarged heart.", "Normal.", "Is it big?",
+                     ("Yes.", "No."), dict(REPORTS), 0.5, "heart", masks, scores),
+            dpo.Pair(1, "b", "add", np.array([0, 0, 3, 4]), np.array([5, 2, 7, 4]), "Normal.", reports=dict(REPORTS))]
 
 
 def config(objective, *flags):
@@ -96,15 +97,18 @@ def plain_loss(objective, r, cfg):
     nls = lambda z: -torch.log(torch.sigmoid(z)).mean()
     difference = lambda a, b: cfg.beta * (r[a].whole - r[b].whole)
     text = lambda: cfg.text_weight * nls(difference("text_chosen", "text_rejected"))
-    conditional = lambda: cfg.conditional_weight * nls(difference("text_chosen", "text_distorted"))
+    given = lambda: cfg.text_given_weight * nls(difference("text_chosen", "text_given"))
     anchor = lambda name: cfg.anchor_weight * nls(cfg.beta * r[name].whole - cfg.anchor_delta)
     if objective == "dpo":
         return text()
     if objective in ("mdpo", "mfpo"):
-        return text() + conditional() + anchor("text_chosen")
+        return text() + given() + anchor("text_chosen")
     if objective == "bidpo":
         image = cfg.image_weight * nls(difference("image_chosen", "image_rejected"))
-        return text() + image + conditional() + anchor("text_chosen") + anchor("image_chosen")
+        image_given = cfg.image_given_weight * nls(difference("image_chosen", "image_given"))
+        answer = cfg.answer_weight * nls(difference("answer_chosen", "answer_rejected"))
+        answer_given = cfg.answer_given_weight * nls(difference("answer_chosen", "answer_given"))
+        return text() + image + given() + image_given + answer + answer_given + anchor("text_chosen") + anchor("image_chosen")
     if objective == "rndpo":
         mean = lambda a, b: cfg.beta * (r[a].omega - r[b].omega) / r[a].omega_tokens
         mask, image = (nls(mean(f"{kind}_chosen", f"{kind}_rejected")) for kind in ("mask", "image"))
@@ -118,7 +122,7 @@ def plain_loss(objective, r, cfg):
     return total
 
 
-WEIGHTS = [f"--{name}-weight" for name in ("text", "image", "conditional", "anchor", "language", "vision", "mask")]
+WEIGHTS = [f"--{name.replace('_', '-')}-weight" for name in (*dpo.BOTH_WAYS, "anchor", "language", "vision", "mask")]
 
 
 @pytest.mark.parametrize("objective", TERMS)
@@ -173,13 +177,13 @@ def test_q_looks_at_the_pairs_that_count_only():
 
 
 def test_each_term_has_its_own_margin_and_weight():
-    cfg = config("bidpo", "--beta", "1", "--text-weight", "1", "--image-weight", "10", "--conditional-weight", "100",
-                 "--anchor-weight", "0")
-    ratios = {k: sums([v]) for k, v in dict(text_chosen=1.0, text_rejected=0.0, image_chosen=2.0, image_rejected=0.0,
-                                            text_distorted=-2.0).items()}
-    loss, _, _ = dpo.objective_loss(ratios, dict.fromkeys(("text", "image", "conditional"), torch.ones(1)), cfg)
+    weights = [w for i, name in enumerate(dpo.BOTH_WAYS) for w in (f"--{name.replace('_', '-')}-weight", str(10 ** i))]
+    cfg = config("bidpo", "--beta", "1", "--anchor-weight", "0", *weights)
+    ratios = {k: sums([v]) for k, v in dict(text_chosen=0.5, text_rejected=-0.5, text_given=-1.5, image_chosen=2.0, image_rejected=-1.0,
+                                            image_given=-2.0, answer_chosen=5.0, answer_rejected=0.0, answer_given=-1.0).items()}
+    loss, _, _ = dpo.objective_loss(ratios, dict.fromkeys(dpo.BOTH_WAYS, torch.ones(1)), cfg)
     softplus = lambda z: math.log(1 + math.exp(z))
-    assert loss.item() == pytest.approx(softplus(-1) + 10 * softplus(-2) + 100 * softplus(-3), rel=1e-5)
+    assert loss.item() == pytest.approx(sum(10 ** i * softplus(-margin) for i, margin in enumerate(range(1, 7))), rel=1e-5)
 
 
 def test_pairs_that_do_not_count_are_left_out_of_the_mean():
@@ -245,19 +249,24 @@ def test_the_normalised_margin_by_hand():
 
 @pytest.mark.parametrize("wording", range(3))
 def test_what_each_sequence_holds(wording):
-    """Text terms are scored on the genuine image, the conditional one on the distorted; images on the report."""
+    """The response is the twin's, or the condition is; all else is the genuine study's."""
     pair = make_pairs()[0]
     pair.rejected, pair.masks, pair.wording = "Normal.", (pair.proposals[0], pair.proposals[2]), wording
+    pair.twin_text, pair.question, pair.answers = "Effusion.", "Is it large?", ("Yes.", "No.")
     made = {name: dpo.pair_example(pair, name, VOCAB) for name in dpo.SEQUENCES}
     on_genuine, on_distorted = (VOCAB.ask_prompt(c, INSTRUCTIONS["report"][wording]) for c in (pair.codes, pair.distorted))
     draw = [VOCAB.bos, *VOCAB.encode_text(INSTRUCTIONS["generate"][wording].format(pair.chosen)), VOCAB.boi]
+    draw_twin = [VOCAB.bos, *VOCAB.encode_text(INSTRUCTIONS["generate"][wording].format("Effusion.")), VOCAB.boi]
+    ask, ask_twin = (VOCAB.ask_prompt(c, "Is it large?") for c in (pair.codes, pair.distorted))
     segment = VOCAB.segment_prompt(pair.codes, "heart", wording)
     words, codes = VOCAB.text_response, VOCAB.image_response
     assert made == {"text_chosen": (on_genuine, words("Enlarged heart.")), "text_rejected": (on_genuine, words("Normal.")),
                     "text_language": (on_genuine, words(REPORTS["scrambled"])),
                     "text_vision": (on_genuine, words(REPORTS["no-question"])),
-                    "text_distorted": (on_distorted, words("Enlarged heart.")),
+                    "text_given": (on_distorted, words("Enlarged heart.")),
                     "image_chosen": (draw, codes(pair.codes)), "image_rejected": (draw, codes(pair.distorted)),
+                    "image_given": (draw_twin, codes(pair.codes)), "answer_chosen": (ask, words("Yes.")),
+                    "answer_rejected": (ask, words("No.")), "answer_given": (ask_twin, words("Yes.")),
                     "mask_chosen": (segment, codes([1, 1, 1, 1])), "mask_rejected": (segment, codes([5, 1, 1, 6]))}
     assert on_genuine != on_distorted and codes(pair.codes) != codes(pair.distorted)
 
@@ -266,7 +275,7 @@ def test_what_each_sequence_holds(wording):
 def test_every_objective_trains_on_the_controls_chosen_sequences(objective):
     cfg = config(objective)
     names = dpo.sequences_of(cfg)
-    assert names[:2] == dpo.CHOSEN == dpo.sequences_of(config("sft"))
+    assert names[:2] == dpo.CHOSEN == dpo.sequences_of(config("sft"))[:2] and set(dpo.chosen_of(cfg)) <= set(dpo.chosen_of(config("sft")))
     pairs, _ = sided(make_pairs(), cfg)
     whole, _ = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
     control, _ = dpo.pair_batch(pairs, [0, 1], dpo.CHOSEN, VOCAB, "cpu")
@@ -302,6 +311,24 @@ def test_margins_grow_on_one_batch_in_every_contrast(model, objective):
         optimizer.step()
     for name, c in contrasts.items():
         assert dpo.masked_mean(c.margin, keep[name]) > 0.01, name
+
+
+def test_the_nll_counts_answers_only_where_something_is_asked():
+    policy = {"text_chosen": sums([-4.0, -6.0], tokens=5), "image_chosen": sums([-8.0, -2.0], tokens=4),
+              "answer_chosen": sums([-1.0, -99.0], tokens=2)}
+    asked = torch.tensor([1.0, 0.0])
+    assert dpo.chosen_nll(policy, asked, config("bidpo")).item() == pytest.approx(21 / 20)      # 20 nats and 1 over 18 + 2 tokens
+    assert dpo.chosen_nll(policy, asked, config("dpo")).item() == pytest.approx(20 / 18)
+
+
+def test_gradient_norms_are_those_of_each_weighted_term():
+    w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    unused = torch.nn.Parameter(torch.ones(1))
+    losses = {"a": 2 * w.sum(), "b": w.square().sum() / 2}
+    norms = dpo.gradient_norms(losses, [w, unused])
+    assert norms["grad/a"].item() == pytest.approx(8 ** 0.5) and norms["grad/b"].item() == pytest.approx(5.0)
+    sum(losses.values()).backward()                             # the graph is still there
+    assert w.grad.tolist() == [5.0, 6.0]
 
 
 def test_the_log_tells_of_each_contrast_by_trls_names():
@@ -363,6 +390,27 @@ def test_records_without_text_make_no_pairs(capsys):
         pairs_of([Record(np.zeros((64, 64), np.uint8), "", "x")] * 2, n=2)
 
 
+def test_a_pair_of_phantoms_knows_the_twins_report_and_a_question_that_the_two_answer_differently():
+    records = Phantoms("train", 20)
+    for pair in pairs_of(records, n=20, kinds=("remove",)):
+        named = {f.name for f in records[pair.index].findings}
+        stated = {f.name for f in read_findings(pair.twin_text, PHRASES)}
+        changed, = named ^ stated
+        asked, = read_findings(pair.question.lower().replace("?", ""), PHRASES)
+        assert asked.name == changed and pair.answers == (("Yes.", "No.") if changed in named else ("No.", "Yes."))
+
+
+def test_other_pairs_take_a_question_of_the_record_that_the_model_answers_otherwise(monkeypatch):
+    """What the SFT model says of the twin is the rejected answer, unless it says the same of the genuine image or is right."""
+    pairs = [replace(make_pairs()[1], index=i) for i in range(4)] + make_pairs()[:1]
+    studies = [SimpleNamespace(questions=(("Q?", "Yes."),)) if i < 3 else SimpleNamespace(questions=()) for i in range(5)]
+    said = iter((["Yes.", "No.", "No."], ["Left.", "No.", "Yes."]))               # of the genuine images, of their twins
+    monkeypatch.setattr(dpo, "sample_words", lambda model, vocab, prompts, *rest: next(said))
+    dpo.add_questions(pairs, studies, None, VOCAB, config("bidpo"), contextlib.nullcontext)
+    assert [(p.question, p.answers) for p in pairs] == [
+        ("Q?", ("Yes.", "Left.")), ("", ("", "")), ("", ("", "")), ("", ("", "")), ("Is it big?", ("Yes.", "No."))]
+
+
 def test_n_bounds_the_pairs_and_records_are_used_once():
     """Across the boundary of a batch of encodings too."""
     records = Phantoms("train", 300, size=16)
@@ -398,7 +446,7 @@ def test_which_reports_count_as_rejected():
     _, keep = sided(make_pairs(), config("napo"))
     assert keep["language"].tolist() == [True, False] and keep["vision"].tolist() == [True, True]
     _, keep = sided(make_pairs(), config("mdpo"))
-    assert keep["conditional"].tolist() == [True, True] and keep.keys() == set(dpo.contrasts_of(config("mdpo")))
+    assert keep["text_given"].tolist() == [True, True] and keep.keys() == set(dpo.contrasts_of(config("mdpo")))
     assert sided(make_pairs(), config("sft"))[1] == {}
 
 
@@ -664,7 +712,7 @@ def test_candidates_leave_one_pair_a_record_by_its_report_on_the_distorted_image
     spy = lambda model, pairs, *more: asked.append((more[0], {p.wording for p in pairs})) or real(model, pairs, *more)
     monkeypatch.setattr(dpo, "sum_reference_logps", spy)
     run(out, "--steps", "1", "--objective", "dpo", "--candidates", "3")
-    assert asked == [(("text_distorted",), {0}), (dpo.sequences_of(config("dpo")), {0, 1, 2})]
+    assert asked == [(("text_given",), {0}), (dpo.sequences_of(config("dpo")), {0, 1, 2})]
     hard = rows_of(out)
     indices = [p["index"] for p in hard]
     assert len(indices) == len(set(indices)) and {p["index"] for p in plain} <= set(indices) and hard != plain
