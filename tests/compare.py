@@ -37,7 +37,7 @@ TABLE = {"control": "--objective sft", "dpo": "--objective dpo", "bidpo": "", "b
          "mdpo": "--objective mdpo", "mfpo": "--objective mfpo", "napo": "--objective napo", "rndpo": "--objective rndpo"}
 # What the papers claim, and why the preference between reports costs (text0, add, own). On these pairs mdpo is mfpo
 # without its curriculum; mask-dpo is rndpo without its normalisation, at DPO's β.
-CLAIMS = {"bidpo-own": "--rejected own", "bidpo-strict": "--text-given-weight 0 --anchor-weight 0",
+CLAIMS = {"bidpo-own": "--rejected own", "bidpo-strict": " ".join(f"--{t}-weight 0" for t in ("text-given", "image-given", "answer", "answer-given", "anchor")),
           "bidpo-text0": "--text-weight 0", "bidpo-t0-add": "--text-weight 0 --sft-weight 1 --distort remove remove add",
           "dpo-own": "--objective dpo --rejected own",
           **{f"{o}-flip{p}": f"--objective {o} --flip-pairs 0.{p}" for p in (10, 20, 30) for o in ("dpo", "napo")},
