@@ -144,6 +144,7 @@ def metadata(rng, folder, base):
         Image.new("L", (20, 20), 99).save(folder / name)
     layout, rows = rng.choice(("jsonl", "csv", "llava", "roco")), [ROW | {"patient_id": str(i)} for i in range(4)]
     rows = [break_json(row, rng) if rng.random() < 0.7 else row for row in rows]
+    rows += [ROW | {"patient_id": f"whole {i}"} for i in range(4)]
     if layout == "jsonl":
         lines = [json.dumps(row) for row in rows] + rng.choice(([], [deep(10 ** 5)], ["\0"], ['{"text":' * 5000]))
         (folder / "metadata.jsonl").write_text("\n".join(lines), errors="replace")
@@ -153,7 +154,7 @@ def metadata(rng, folder, base):
         lines = [",".join(ROW)] + [",".join(cell(row.get(k, "")) for k in ROW) for row in rows]
         (folder / "metadata.csv").write_text("\n".join(lines), errors="replace")
     elif layout == "llava":
-        (folder / "train.json").write_text(rng.choice((json.dumps([break_json(TALK, rng) for _ in range(4)]), deep(10 ** 5),
+        (folder / "train.json").write_text(rng.choice((json.dumps([break_json(TALK, rng) for _ in range(4)] + [TALK | {"image": f"{i}.png"} for i in "iiim"]), deep(10 ** 5),
                                                        json.dumps(break_json([TALK] * 4, rng)))), errors="replace")
     else:
         (folder / "train").mkdir()
@@ -167,7 +168,7 @@ def metadata(rng, folder, base):
     elif trick < 0.25:
         (folder / name).unlink()
         rng.choice((os.mkfifo, os.mkdir))(folder / name)
-    data = rng.choice((folder, folder, folder, folder / ("x" * 3000), folder / "i.png"))
+    data = folder if rng.random() < 0.95 else rng.choice((folder / ("x" * 3000), folder / "i.png"))
     return lambda: [[(r.image, r.masks) for r in records] for records in read_folder(str(data), 32, rng.choice((1, 3))).values()]
 
 
