@@ -124,7 +124,7 @@ class DPOConfig(TuneConfig):
     resume: bool = arg(False, "go on from the last saved state")
 
 
-PRESETS = {"tiny": dict(steps=12, batch_size=4, pairs=32, rehearsal_size=4, proposals=3), "small": {},
+PRESETS = {"tiny": dict(steps=12, batch_size=4, pairs=32, rehearsal_size=4, proposals=3, save_every=4), "small": {},
            "quick": dict(steps=60, pairs=800, candidates=3, rehearsal_size=16),
            "base": dict(steps=2000, batch_size=32, pairs=40000, lr=1e-4, muon_lr=5e-4)}
 GENTLE = dict(sft_weight=0.5, rehearsal_weight=1.0)

@@ -455,6 +455,8 @@ def run(main):
     before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except Stopped as why:
         print("\nstopped; what was being trained goes on with --resume", file=sys.stderr)
         sys.exit(128 + why.args[0])
@@ -649,7 +651,9 @@ def processes():
 
 
 def join_processes(cfg, device):
-    """Meet the other processes of torchrun, once; returns this one's device. Raises UserError for unequal slices."""
+    """Meet the other processes of torchrun, once; returns this one's device. Raises UserError where work cannot be shared."""
+    if not hasattr(cfg, "resume"):
+        raise UserError("only training is shared among processes; start this program without torchrun")
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)

@@ -83,7 +83,7 @@ class VQGANTrainConfig(RunConfig):
     resume: bool = arg(False, "go on from the last saved state")
 
 
-PRESETS = {"tiny": dict(steps=40, batch_size=16, images=96, codebook_size=64, disc_start=30, renew_every=5),
+PRESETS = {"tiny": dict(steps=40, batch_size=16, images=96, codebook_size=64, disc_start=30, renew_every=5, save_every=10),
            "quick": dict(steps=400, images=3000, codebook_size=256, disc_start=350, lr=2e-3, log_every=100),
            "small": {}, "base": dict(steps=20000, codebook_size=1024, images=60000, disc_start=8000, lr=4e-4)}
 WIDTHS = {"tiny": (16, 32, 32), "quick": (24, 64), "small": (32, 64, 128), "base": (128, 256, 256, 512)}
