@@ -50,7 +50,7 @@ class Finding:
 class Record:
     """One study. What it holds decides the tasks it serves."""
 
-    image: np.ndarray                 # (H, W) or (H, W, 3) uint8
+    image: np.ndarray                 # (H, W) or (H, W, 3) uint8; in Folder.rows the Path of its file, in masks too
     text: str                         # the report or caption
     name: str                         # the file, or split/index of a phantom
     findings: tuple | None = None     # of Finding; None: not known
@@ -947,8 +947,9 @@ def check_data(trained_on, cfg, folder):
 
 
 def fingerprint(records):
-    """Twelve hex digits that name a sequence of records: a phantom's recipe, or all rows and the times of their images."""
-    digest = hashlib.sha256(repr(vars(records) if isinstance(records, Phantoms) else len(records)).encode())
+    """Twelve hex digits that name a sequence of records: a phantom's recipe, or all rows and the times of their images;
+    and this file, since it draws and reads them."""
+    digest = hashlib.sha256(Path(__file__).read_bytes() + repr(vars(records) if isinstance(records, Phantoms) else "").encode())
     for r in records.rows if isinstance(records, Folder) else ():
         times = [path.stat().st_mtime_ns for path in (r.image, *r.masks.values())]
         digest.update(repr((astuple(r), times)).encode("utf-8", "replace"))

@@ -61,7 +61,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import sft as sft_stage
-from data import DISTORTIONS, add_noise, check_data, data_name, distort, lexicon, open_data, statement_of
+from data import DISTORTIONS, add_noise, check_data, distort, fingerprint, lexicon, open_data, statement_of
 from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_resume, cli, config_for,
                    finish_stage, gather, get_lr, init_run, is_made_by, make_optimizers, own, per_token_logps, process,
                    read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out,
@@ -159,7 +159,7 @@ CONTRASTS = {"text": ("text_chosen", "text_rejected"), "text_given": ("text_chos
              "language": ("text_chosen", "text_language"), "vision": ("text_chosen", "text_vision"),
              "mask": ("mask_chosen", "mask_rejected")}
 BOTH_WAYS = ("text", "text_given", "image", "image_given", "answer", "answer_given")
-CHOSEN = ("text_chosen", "image_chosen")      # what the NLL is taken of, for every objective and the control
+CHOSEN = ("text_chosen", "image_chosen")      # what the NLL is taken of, for every objective and the control; see chosen_of
 
 
 class Sums(NamedTuple):
@@ -360,8 +360,8 @@ def build_pairs(records, studies, cfg, vqgan, region, autocast):
             if not twins:
                 dropped["which no distortion fits" if record.text else "without text"] += 1
         distorted = encode_images([twin.image for _, _, twin in drafts], vqgan, autocast) if drafts else ()
-        pairs = [Pair(index, record.name, twin.kind, studies[index].codes, codes, record.text, *twin[2:])
-                 for (index, record, twin), codes in zip(drafts, distorted)]
+        pairs = [Pair(index, record.name, twin.kind, studies[index].codes, codes, record.text, twin.text, twin.question,
+                      twin.answers) for (index, record, twin), codes in zip(drafts, distorted)]
         differing = [p for p in pairs if (p.codes != p.distorted).any()]
         dropped["whose codes the distortion left as they were"] = len(pairs) - len(differing)
         return differing, dropped
@@ -576,6 +576,7 @@ def train(cfg):
     # all that is needed of the reference, so no second model: from here on this one is the policy
     reference_sums = sum_reference_logps(model, pairs, sequences, vocab, cfg, autocast)
     sft_hash = weights_hash(model)
+    torch.manual_seed(cfg.seed)                              # whatever has been trained before in this process
     adapter = add_lora(model, cfg, Path(cfg.out) / "sft") if cfg.lora_rank else None
     asked = torch.tensor([bool(p.question) for p in pairs], device=device).float()
     model.train()
@@ -594,7 +595,7 @@ def train(cfg):
         with autocast():
             policy_sums = sum_logps(model, *pair_batch(pairs, own(indices).tolist(), sequences, vocab, device), sequences)
             rehearsal = response_loss(model, *rehearsal_batch(studies, cfg, vocab, step, device))
-        policy_sums = {k: Sums(*map(gather, sums)) for k, sums in policy_sums.items()}     # of all processes' pairs
+        policy_sums = {k: Sums(*gather(torch.stack(sums, dim=1)).unbind(1)) for k, sums in policy_sums.items()}   # of all processes
         ratios = log_ratios(policy_sums, reference_sums, indices)
         preference, terms, contrasts = objective_loss(ratios, {k: v[indices] for k, v in keep.items()}, cfg)
         nll = chosen_nll(policy_sums, asked[indices], cfg)
@@ -615,7 +616,7 @@ def train(cfg):
             largest = max((abs(v.item()) for k, v in logged.items() if k.endswith("/margins")), default=0)
             log.warn(largest > 30, "a margin is over 30: the model is far from its reference; lower --beta or the learning rates")
         log.bar.update()
-        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps or log.asked:
+        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps or log.stopping:
             save_state(folder, step + 1, [trained], optimizers, flags=run_flags(cfg), sft=sft_hash)
         log.stop_if_asked()
     log.close()
@@ -650,13 +651,16 @@ def key_region(record, model, vocab, vqgan, autocast):
 
 def add_questions(pairs, studies, model, vocab, cfg, autocast):
     """For pairs without one, a question of the record's own to which the SFT model answers otherwise when shown the twin."""
-    without = [(p, qs[p.index % len(qs)]) for p in pairs if not p.question and (qs := studies[p.index].questions)]
+    asked = []                                                # (pair, question, true answer)
+    for pair in pairs:
+        if not pair.question and (questions := studies[pair.index].questions):
+            asked.append((pair, *questions[pair.index % len(questions)]))
     with autocast():
-        said = [sample_words(model, vocab, [vocab.ask_prompt(codes(p), q) for p, (q, _) in without])
-                for codes in (lambda p: p.codes, lambda p: p.distorted)]
-    for (pair, (question, answer)), genuine, twin in zip(without, *said):
-        if twin not in (genuine, answer):
-            pair.question, pair.answers = question, (answer, twin)
+        genuine = sample_words(model, vocab, [vocab.ask_prompt(pair.codes, question) for pair, question, _ in asked])
+        twin = sample_words(model, vocab, [vocab.ask_prompt(pair.distorted, question) for pair, question, _ in asked])
+    for (pair, question, answer), said, said_of_twin in zip(asked, genuine, twin):
+        if said_of_twin not in (said, answer):
+            pair.question, pair.answers = question, (answer, said_of_twin)
 
 
 def add_entropy(pairs, model, vocab, cfg, phrases):
@@ -712,6 +716,8 @@ def read_pairs(folder, codebook_size):
             rows = [json.loads(line) for line in f]           # not splitlines(), which cuts at U+2028 and its like too
         if any(k != "scores" and not ((v >= 0) & (v < codebook_size)).all() for k, v in codes.items()):
             raise ValueError("codes that the image tokenizer has not")
+        if not all("question" in row and len(row["answers"]) == 2 for row in rows):
+            raise ValueError("no questions")
         pairs = [Pair(codes=c, distorted=d, **row) for c, d, row in zip(codes["genuine"], codes["distorted"], rows, strict=True)]
         if not all(isinstance(text, str) for p in pairs
                    for text in (p.chosen, p.structure, p.twin_text, p.question, *p.answers, *p.reports.values())):
@@ -771,7 +777,7 @@ def load_or_build_pairs(cfg, records, studies, phrases, vqgan, model, vocab, aut
     folder = Path(cfg.out) / "pairs"
     flags = ("seed", "records", "pairs", "candidates", "strength", "pair_temperature", "entropy_samples", "proposals")
     recipe = {k: getattr(cfg, k) for k in flags}
-    recipe |= {"data": data_name(cfg), "distort": list(cfg.distort), "sft": weights_hash(model)}
+    recipe |= {"data": fingerprint(records), "distort": list(cfg.distort), "sft": weights_hash(model)}
     made = is_made_by(recipe, folder)
     if found := made and read_pairs(folder, vqgan.config.codebook_size):
         pairs = found

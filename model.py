@@ -13,6 +13,7 @@ written as PEFT writes it; then plumbing: flags, device, learning rate, folders 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -435,8 +436,8 @@ class UserError(Exception):
     """What a user can get wrong: one sentence with the cause and the way out; `run` prints it."""
 
 
-class Stopped(Exception):
-    """SIGINT or SIGTERM, with its number."""
+class Stopped(BaseException):
+    """SIGINT or SIGTERM, with its number; like KeyboardInterrupt no Exception, so that nothing on the way swallows it."""
 
 
 def stop(signum, frame):
@@ -466,9 +467,12 @@ def run(main):
         fail(f"{error.filename or 'a file'}: {error.strerror or error}; nothing that was whole is lost: mend that and go on "
              "with --resume")
     except (MemoryError, RuntimeError) as error:
+        if isinstance(error, dist.DistError) or "Connection closed by peer" in str(error):
+            fail(f"another process of this run has ended ({str(error).splitlines()[0][:100]}); what it said is the cause")
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        fail("out of memory; lower --batch-size, or add --recompute to sft.py and dpo.py, and go on with --resume")
+        fail("out of memory; sft.py and dpo.py need less with --recompute, which goes on with --resume too; or start over with a "
+             "smaller --batch-size")
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -476,6 +480,10 @@ def run(main):
 
 def fail(error):
     """One line on stderr, exit status 2."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_DFL)
+    for bar in list(getattr(tqdm, "_instances", ())):       # or they would be drawn once more, below the line
+        bar.close()
     time.sleep(5 if process() > 0 else 0)      # the first process has said the same by then, and torchrun has ended this one
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
@@ -604,6 +612,8 @@ def lock(out):
         except BlockingIOError:
             file.seek(0)
             raise UserError(f"--out {out} is in use by process {file.read().strip() or '?'}: wait for it, or name another --out")
+        except OSError:       # a network disk without locks
+            return
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
@@ -613,9 +623,9 @@ def lock(out):
 def init_run(cfg):
     """Seed everything; return (device, autocast), autocast() being a context for forward passes."""
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if "TORCHELASTIC_RUN_ID" in os.environ:                # torchrun started this process
-        device = join_processes(cfg, device)
     try:
+        if "TORCHELASTIC_RUN_ID" in os.environ:            # torchrun started this process
+            device = join_processes(cfg, device)
         device = torch.device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -654,8 +664,8 @@ def join_processes(cfg, device):
     """Meet the other processes of torchrun, once; returns this one's device. Raises UserError where work cannot be shared."""
     if not hasattr(cfg, "resume"):
         raise UserError("only training is shared among processes; start this program without torchrun")
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"        # each has a GPU of its own
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
@@ -700,6 +710,13 @@ def gather(x):
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def share_first(tensors):
+    """Give all processes the first one's values, in place."""
+    for x in tensors if processes() > 1 else ():
+        dist.broadcast(x, 0)
+
+
 def sum_over_processes(tensors):
     """Add up tensors over all processes, in place and in one message."""
     if processes() > 1:
@@ -707,6 +724,15 @@ def sum_over_processes(tensors):
         dist.all_reduce(whole)
         for x, part in zip(tensors, whole.split([x.numel() for x in tensors])):
             x.copy_(part.view_as(x))
+
+
+def largest_of_processes(number):
+    """The largest of the processes' whole numbers."""
+    if processes() == 1:
+        return number
+    numbers = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers)
 
 
 def share_out(function, items, title):
@@ -925,7 +951,7 @@ def write_text(path, text):
 
 
 def put_in_place(new, path):
-    """Rename a file or folder; what it holds is on the disk before, the new name after."""
+    """Rename a file, or a folder of files that are on the disk; they are before, the new name is after."""
     sync(new)
     os.replace(new, path)
     sync(Path(path).parent)
@@ -933,9 +959,12 @@ def put_in_place(new, path):
 
 def sync(path):
     """Wait until the disk has this file, or the names in this folder: a power cut leaves nothing half."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    with contextlib.suppress(OSError):          # some network disks and Windows cannot do it for folders
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def read_json(path):
@@ -967,12 +996,20 @@ def folder_hash(folder):
     return digest.hexdigest()[:12]
 
 
+def has_hash(folder, name):
+    """Whether a model folder is there, whole, and of this hash."""
+    try:
+        return folder_hash(folder) == name
+    except (OSError, ValueError, SafetensorError):
+        return False
+
+
 # ---- States, stages and logs: what lets a killed run go on ---------------------------------------
 
 
 def run_flags(cfg):
     """The flags that a continuation must share with the run it continues, as JSON gives them back."""
-    free = ("out", "device", "resume", "steps", "log_every", "save_every", "name")
+    free = ("out", "device", "resume", "steps", "log_every", "grad_every", "save_every", "name", "recompute")
     return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free}))
 
 
@@ -1045,15 +1082,25 @@ def check_resume(cfg, name):
     return source
 
 
+def copy_folder(source, target):
+    """Copy a folder; the copy is there whole or not at all."""
+    shutil.rmtree(new := Path(f"{target}.copy"), ignore_errors=True)
+    shutil.copytree(source, new)
+    shutil.rmtree(target, ignore_errors=True)
+    put_in_place(new, target)
+
+
 def begin_stage(cfg, name, models, optimizers):
     """Where a stage writes and where it starts: (unfinished folder, progress of the state resumed or {}).
 
     A stage works in out/NAME.partial and renames it to out/NAME when it is whole (`finish_stage`)."""
     final, partial = Path(cfg.out) / name, Path(cfg.out) / f"{name}.partial"
+    share_first(p for model in models for p in model.parameters())
     if source := check_resume(cfg, name):
         progress = load_state(source, models, optimizers)
+        wait()
         if source == final:
-            first_alone(shutil.copytree)(final, partial, dirs_exist_ok=True)
+            first_alone(copy_folder)(final, partial)
         return partial, progress
     if cfg.resume:
         tqdm.write(f"{final}: no saved step to resume from, starting at 0")
@@ -1080,8 +1127,10 @@ def finish_stage(cfg, name):
     """Rename out/NAME.partial to out/NAME; an older out/NAME goes only when the new one is in place."""
     final, partial, old = (Path(cfg.out) / f"{name}{end}" for end in ("", ".partial", ".old"))
     if process() == 0:
-        shutil.rmtree(old, ignore_errors=True)
+        for path in partial.iterdir():
+            sync(path)
         if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(final, old)
         put_in_place(partial, final)
         shutil.rmtree(old, ignore_errors=True)
@@ -1098,7 +1147,8 @@ class Log:
         """Lines of an earlier run from step `start` on are dropped, the rest kept."""
         self.path, self.title, self.warned = Path(path), title, set()
         self.skipped = self.in_a_row = 0                   # steps without a finite gradient
-        self.asked, self.watches = None, in_charge()       # the signal that asks to stop; whether to wait for one
+        self.asked = self.stopping = 0                     # the signal that came; the same, once all processes know
+        self.watches = in_charge()                         # whether to wait for signals
         kept = [row for row in read_log(self.path) if row["step"] < start]
         first_alone(write_text)(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.began = time.time() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
@@ -1116,12 +1166,15 @@ class Log:
         self.bar.set_postfix({k: f"{metrics[k]:.4g}" for k in show if k in metrics}, refresh=False)
 
     def count(self, step, grad_norm):
-        """Count a step that take_step left out. Raises UserError at the fifth in a row."""
+        """At each step's end: count it if take_step left it out, and see whether a signal has come, to whatever process.
+
+        Raises UserError at the fifth step in a row without a finite gradient."""
+        self.stopping = largest_of_processes(self.asked)
         self.in_a_row = 0 if math.isfinite(grad_norm) else self.in_a_row + 1
         self.skipped += self.in_a_row > 0
         if self.in_a_row == 5:
-            raise UserError(f"{self.title} diverged: no finite gradient in steps {step - 4} to {step}; lower the learning rates, "
-                            f"or go on from the state saved last in {self.path.with_suffix('.partial')} with --resume")
+            raise UserError(f"{self.title} diverged: no finite gradient in steps {step - 4} to {step}; start over with lower "
+                            f"learning rates (what was good last lies in {self.path.with_suffix('.partial')})")
 
     def warn(self, sign, sentence):
         """Say once that a figure looks like trouble."""
@@ -1136,16 +1189,16 @@ class Log:
                 signal.signal(signum, handler)
 
     def ask(self, signum, frame):
-        """A signal's handler: the first asks for the end of the step, a second stops at once."""
-        if self.asked:
+        """A signal's handler: the first asks for the end of the step; a second, seconds later, stops at once."""
+        if self.asked and time.time() - self.asked_at > 3:
             raise Stopped(signum)
-        self.asked = signum
+        self.asked, self.asked_at = signum, time.time()
 
     def stop_if_asked(self):
         """Raise Stopped if a signal came; the step is done and its state saved by now."""
-        if self.asked:
+        if self.stopping:
             self.close()
-            raise Stopped(self.asked)
+            raise Stopped(self.stopping)
 
     def close(self):
         self.bar.close()
@@ -1254,7 +1307,7 @@ def load_adapter(folder):
             UserError) as error:
         raise UserError(f"{folder} holds no adapter that was written here ({error}); train it again")
     beside = folder.parent / base.name                       # the two may have been moved together
-    found = [f for f in (base, beside) if f.is_dir() and folder_hash(f) == base_hash]
+    found = [f for f in (base, beside) if has_hash(f, base_hash)]
     if not found:
         raise UserError(f"{folder} was trained over {base}, which is gone or another model now: bring that back, or train "
                         "the adapter again")

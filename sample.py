@@ -625,8 +625,8 @@ def stack_sheets(sheets):
 PANELS = (("vqgan", ("psnr", "val/psnr")), ("vqgan", ("codebook/usage", "codebook/near_duplicates")),
           ("sft", ("loss", "val/loss")), ("sft", ("val/f1",)),
           # stage 2, under whatever name
-          ("", ("loss_text", "loss_image", "loss_text_given")),
-          ("", ("rewards_text/margins", "rewards_image/margins", "rewards_text_given/margins")),
+          ("", ("loss_text", "loss_text_given", "loss_image", "loss_image_given", "loss_answer", "loss_answer_given")),
+          ("", ("rewards_text_given/margins", "rewards_image_given/margins", "rewards_answer_given/margins")),
           ("", ("logps_text/chosen", "logps_text/rejected")), ("", ("logps_image/chosen", "logps_image/rejected")))
 
 

@@ -30,10 +30,11 @@ from tqdm import tqdm
 
 import vqgan as vqgan_stage
 from data import Finding, data_name, fingerprint, image_source, lexicon, match_findings, open_data, read_findings
-from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_resume, cli,
-                   config_for, finish_stage, first_alone, folder_hash, gather, generate, get_lr, init_run, is_made_by,
-                   make_optimizers, own, process, processes, read_tensors, run, run_flags, save_state, save_tuned,
-                   sequence_logps, set_lr, take_step, trained_parameters, wait, weights_hash, write_tensors, write_text)
+from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_resume,
+                   copy_folder, cli, config_for, finish_stage, first_alone, folder_hash, gather, generate, get_lr, init_run,
+                   is_made_by, make_optimizers, own, process, processes, read_tensors, run, run_flags, save_state,
+                   save_tuned, sequence_logps, set_lr, take_step, trained_parameters, wait, weights_hash, write_tensors,
+                   write_text)
 from vqgan import VQGAN, encode_images
 
 
@@ -162,8 +163,8 @@ class Vocabulary:
     @first_alone
     def save(self, folder):
         """Write tokenizer.json and the few names that transformers' AutoTokenizer asks for."""
-        self.tokenizer.save(str(Path(folder) / "tokenizer.json"))
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps({
+        write_text(Path(folder) / "tokenizer.json", self.tokenizer.to_str(pretty=True))
+        write_text(Path(folder) / "tokenizer_config.json", json.dumps({
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>",
             "pad_token": "<pad>", "clean_up_tokenization_spaces": False}, indent=2) + "\n")
 
@@ -376,10 +377,11 @@ def train(cfg):
         raise UserError(f"--resume: {folder} was started from another {cfg.init}; leave out --resume")
     start, best_score = progress.get("step", 0), progress.get("best_score", -float("inf"))
     log = Log(f"{cfg.out}/sft.jsonl", "sft", cfg.steps, start)
+    save = lambda step: save_state(folder, step, [trained], optimizers, best_score=best_score, flags=run_flags(cfg), base=base_hash)
     for step in range(start, cfg.steps):
         set_lr(optimizers, get_lr(step, cfg.steps, warmup=40))
         torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike
-        ids, labels = make_batch(studies, cfg, shares, vocab, step, device)
+        ids, labels = make_batch(studies, cfg, shares, vocab, step, device)    # with several processes, this one's slice
         with autocast():
             loss = response_loss(model, ids, labels)
         grad_norm = take_step(loss, trained, optimizers, clip=1.0)
@@ -394,12 +396,12 @@ def train(cfg):
             if score >= best_score:                          # the folder keeps the best model, its state is the last
                 best_score = score
                 save_tuned(folder, model, cfg, adapter)
-            save_state(folder, step + 1, [trained], optimizers, best_score=best_score, flags=run_flags(cfg), base=base_hash)
+            save(step + 1)
             log.warn(held_out.get("val/distinct_reports") == 1 < len(val), "every report is the same; it may yet learn to look")
         elif step % cfg.log_every == 0:
             log(step, ("loss",), loss=loss.detach(), grad_norm=grad_norm, lr=optimizers[-1].param_groups[0]["lr"])
-        if log.asked:
-            save_state(folder, step + 1, [trained], optimizers, best_score=best_score, flags=run_flags(cfg), base=base_hash)
+        if log.stopping:
+            save(step + 1)
         log.stop_if_asked()
     log.close()
     vocab.save(folder)
@@ -456,7 +458,7 @@ def open_studies(cfg, records, vqgan, autocast):
     """The Studies of the training records in out/studies, encoded first where they are not there.
 
     What a kill left is gone on with; those of other records or another image tokenizer are made anew."""
-    recipe = {"records": fingerprint(records), "vqgan": weights_hash(vqgan), "seed": cfg.seed}
+    recipe = {"records": fingerprint(records), "vqgan": weights_hash(vqgan), "seed": cfg.seed, "dtype": cfg.dtype}
     folder, partial = Path(cfg.out) / "studies", Path(cfg.out) / "studies.partial"
     try:
         studies = Studies(folder) if is_made_by(recipe, folder) else ()
@@ -471,7 +473,7 @@ def open_studies(cfg, records, vqgan, autocast):
         wait()
         for start in range(0, len(records), STUDIES_EACH)[process()::processes()]:
             path, span = partial / f"{start:09}.safetensors", range(start, min(start + STUDIES_EACH, len(records)))
-            if not path.exists():                            # a file is there whole or not at all
+            if not path.exists():
                 title = f"encoding records, {start:,} of {len(records):,}"
                 write_studies(path, encode_records(records, span, vqgan, cfg.seed, autocast, title))
         wait()
@@ -488,9 +490,11 @@ def load_vqgan(cfg, device, init=""):
 
     Raises UserError if it does not fit the flags."""
     folder = Path(cfg.out) / "vqgan"
-    if init and not folder.exists() and (Path(init).parent / "vqgan").exists():
-        shutil.copytree(Path(init).parent / "vqgan", Path(cfg.out) / "vqgan.partial", dirs_exist_ok=True)
-        finish_stage(cfg, "vqgan")
+    from_init = init and not folder.exists() and (Path(init).parent / "vqgan").exists()
+    wait()                                                   # all processes have seen the same
+    if from_init:
+        first_alone(copy_folder)(Path(init).parent / "vqgan", folder)
+        wait()
     if not folder.exists():
         tqdm.write(f"{folder} is missing: training the image tokenizer first")
         vqgan_stage.train(config_for(vqgan_stage.VQGANTrainConfig, cfg, **vqgan_stage.PRESETS[cfg.preset],

@@ -354,7 +354,8 @@ def train(cfg):
             loss = rec_loss + codebook_loss + cfg.beta * commitment_loss \
                 + d_weight * g_loss + cfg.feature_weight * matching
         # over processes gradients are summed, these losses are means; clipped, as one bad step can collapse the codes
-        log.count(step, take_step(loss / processes(), vqgan.parameters(), [optimizer], clip=1.0))
+        grad_norm = take_step(loss / processes(), vqgan.parameters(), [optimizer], clip=1.0)
+        log.count(step, grad_norm)
 
         d_loss = torch.zeros((), device=device)
         if adversary:
@@ -378,7 +379,7 @@ def train(cfg):
             log(step, ("loss", "psnr", "val/psnr"), **dict(zip(figures, means)), lr=optimizer.param_groups[0]["lr"], **held_out)
             log.warn(step > 200 and held_out["codebook/usage"] < 0.1, "over nine tenths of the codes are unused; lower --lr")
         log.bar.update()
-        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps or log.asked:
+        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps or log.stopping:
             save_state(folder, step + 1, [vqgan, disc], [optimizer, d_optimizer], flags=run_flags(cfg))
         log.stop_if_asked()
     log.close()
