@@ -43,7 +43,7 @@ class SFTConfig(TuneConfig):
     """Flags of stage 1."""
 
     init: str = arg("", "Qwen3 folder to start from (one of ours goes on with its image tokenizer); empty: random weights")
-    steps: int = arg(1800, "optimizer steps")
+    steps: int = arg(2600, "optimizer steps")
     batch_size: int = arg(64, "sequences a step", most=65536)
     lr: float = arg(4e-3, "peak learning rate of embeddings and norms (AdamW)")
     muon_lr: float = arg(0.02, "peak learning rate of the matrices inside blocks (Muon)")
@@ -53,7 +53,7 @@ class SFTConfig(TuneConfig):
     ask_share: float = arg(0.18, "share of sequences: image and question -> answer")
     segment_share: float = arg(0.12, "share of sequences: image and structure -> mask")
     empty_share: float = arg(0.1, "share of generation prompts that are emptied, for guidance", most=1)
-    val_every: int = arg(200, "steps between validations")
+    val_every: int = arg(260, "steps between validations")
     val_records: int = arg(256, "held-out records in a validation")
     text_vocab: int = arg(800, "text tokens, the 256 bytes and 5 special ones among them", least=261)
     log_every: int = arg(20, "steps between log lines")
