@@ -1,8 +1,8 @@
 """Kill the chain at random moments and let it go on: it must end as if nothing had happened, to the last bit.
 
-    python -m tests.kill --chains 30               # about a hundred kills, half an hour
+    python -m tests.kill --chains 20               # about a hundred kills, half an hour
 
-Each chain is `dpo.py --preset tiny`, its control and an evaluation; one to six times it is killed (SIGKILL) at a moment drawn
+Each chain is `dpo.py --preset tiny`, its control and an evaluation; two to eight times it is killed (SIGKILL) at a moment drawn
 from --seed, then goes on with --resume. Weights, states, pairs, logs and figures are compared with a chain that was left alone."""
 
 import argparse
@@ -58,7 +58,7 @@ def what_is_open(out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chains", type=int, default=30)
+    parser.add_argument("--chains", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, hit, bad, kills = random.Random(args.seed), Counter(), [], 0
@@ -70,19 +70,18 @@ def main():
         whole = time.time() - began
         for number in range(args.chains):
             out = Path(folder) / str(number)
-            moments = [rng.uniform(0, whole) for _ in range(rng.randint(1, 6))]
+            gaps = [rng.uniform(3, whole / 2) for _ in range(rng.randint(2, 8))]          # seconds from a start to a kill
             for command in CHAIN:
-                while True:
+                status = None
+                while status is None:
                     began = time.time()
-                    status, said = run(command, out, moments[0] if moments else None)
+                    status, said = run(command, out, max(0.1, gaps[0]) if gaps else None)
                     if status is None:
-                        moments.pop(0)
+                        gaps.pop(0)
                         kills += 1
                         hit[what_is_open(out)] += 1
-                        continue
-                    moments = [m - (time.time() - began) for m in moments]
-                    moments = [max(0.5, m) for m in moments]
-                    break
+                    elif gaps:
+                        gaps[0] -= time.time() - began
                 if status != 0:
                     bad.append(f"chain {number}: {' '.join(command)} ended with {status}: {said[-300:]}")
             if found := differences(alone, out):
