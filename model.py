@@ -1128,7 +1128,10 @@ def finish_stage(cfg, name):
     final, partial, old = (Path(cfg.out) / f"{name}{end}" for end in ("", ".partial", ".old"))
     if process() == 0:
         for path in partial.iterdir():
-            sync(path)
+            if path.name.startswith(".tmp") or path.suffix == ".new":      # of a kill while writing; .tmp… are safetensors' own
+                path.unlink()
+            else:
+                sync(path)
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(final, old)
