@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import model
 from conftest import figures_of
-from model import read_tensors
+from dpo import DPOConfig
+from model import UserError, read_tensors
+from sample import SampleConfig
+from sft import SFTConfig
 
 
 def torchrun(n, *command):
@@ -34,7 +38,10 @@ def test_two_processes_learn_what_one_does(trained, tmp_path):
             assert loose["two"] == pytest.approx(loose["one"], rel=0.01)
 
 
-def test_a_batch_that_cannot_be_shared_is_one_sentence(tmp_path):
-    done = torchrun(2, "sft.py", "--preset", "tiny", "--batch-size", "3", "--out", tmp_path)
-    ours = done.stderr.split("ChildFailedError")[0]                             # torchrun adds a table of its own
-    assert done.returncode != 0 and ours.count("error: --batch-size 3") == 1 and "Stopped" not in done.stderr
+@pytest.mark.parametrize("config, named", [(SFTConfig(batch_size=3), "--batch-size 3"), (DPOConfig(rehearsal_size=7), "--rehearsal-size 7"),
+                                           (SampleConfig(), "without torchrun")])
+def test_work_that_cannot_be_shared_is_refused(monkeypatch, config, named):
+    monkeypatch.setattr(model.dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(model, "processes", lambda: 2)
+    with pytest.raises(UserError, match=named):
+        model.join_processes(config, "cpu")

@@ -109,6 +109,8 @@ def check_command(words, parsers, open_end=False):
     name, *argv = rest[1:] if rest[0] == "-m" else rest
     if name == "pytest":
         assert all((ROOT / word).exists() for word in argv if not word.startswith("-")), words
+    elif name in ("tests.fuzz", "tests.kill"):
+        assert (ROOT / f"{name.replace('.', '/')}.py").exists()
     elif name == "tests.bench":
         assert {*argv} <= {*bench.WORK, "growth"}, words
     elif name != "venv":
@@ -192,7 +194,7 @@ def test_a_wrong_command_is_noticed(parsers):
 @BOTH
 def test_every_flag_named_in_prose_exists(text, parsers):
     """And takes the values that stand behind it, unless these are to be filled in (X, N)."""
-    known = {"--help"}.union(*(re.findall(r"--[a-z][\w-]*", parser.format_usage()) for parser in parsers.values()))
+    known = {"--help", "--nproc-per-node", "--chains"}.union(*(re.findall(r"--[a-z][\w-]*", parser.format_usage()) for parser in parsers.values()))
     assert {"--resume", "--text-given-weight", "--recipes", "--base"} <= known
     for code in inline(text):
         named = re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
