@@ -194,7 +194,7 @@ def test_a_wrong_command_is_noticed(parsers):
 @BOTH
 def test_every_flag_named_in_prose_exists(text, parsers):
     """And takes the values that stand behind it, unless these are to be filled in (X, N)."""
-    known = {"--help", "--nproc-per-node", "--chains"}.union(*(re.findall(r"--[a-z][\w-]*", parser.format_usage()) for parser in parsers.values()))
+    known = {"--help", "--nproc-per-node"}.union(*(re.findall(r"--[a-z][\w-]*", parser.format_usage()) for parser in parsers.values()))
     assert {"--resume", "--text-given-weight", "--recipes", "--base"} <= known
     for code in inline(text):
         named = re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
