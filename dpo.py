@@ -534,14 +534,14 @@ def chosen_nll(policy_sums, asked, cfg):
     return -nats / tokens
 
 
-def gradient_norms(losses, parameters):
-    """Norm of the gradient of each weighted loss, {"grad/NAME": norm}: who pulls how hard."""
+def gradient_norms(losses, parameters, cfg):
+    """Norm of the gradient of each loss times its weight, {"grad/NAME": norm}: who pulls how hard."""
     norms = {}
     for name, loss in losses.items():
         grads = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
         grads = [g for g in grads if g is not None]
         sum_over_processes(grads)
-        norms[f"grad/{name}"] = torch.stack([g.norm() for g in grads]).norm()
+        norms[f"grad/{name}"] = getattr(cfg, f"{name}_weight") * torch.stack([g.norm() for g in grads]).norm()
     return norms
 
 
@@ -600,10 +600,8 @@ def train(cfg):
         preference, terms, contrasts = objective_loss(ratios, {k: v[indices] for k, v in keep.items()}, cfg)
         nll = chosen_nll(policy_sums, asked[indices], cfg)
         loss = preference + cfg.sft_weight * nll + cfg.rehearsal_weight * rehearsal
-        norms = {}
-        if step % cfg.grad_every == 0:
-            parts = {**terms, "sft": nll, "rehearsal": rehearsal}
-            norms = gradient_norms({name: getattr(cfg, f"{name}_weight") * part for name, part in parts.items()}, trained)
+        parts = {**terms, "sft": nll, "rehearsal": rehearsal}
+        norms = gradient_norms(parts, trained, cfg) if step % cfg.grad_every == 0 else {}
         grad_norm = take_step(loss, trained, optimizers, clip=1.0)
         log.count(step, grad_norm)
 
@@ -613,8 +611,8 @@ def train(cfg):
                       **contrast_metrics(ratios, policy_sums, contrasts, cfg)}
             log(step, ("loss", *(f"rewards_{k}/margins" for k in contrasts)), loss=loss.detach(), grad_norm=grad_norm,
                 lr=optimizers[-1].param_groups[0]["lr"], **{k: v.detach() for k, v in logged.items()})
-            largest = max((abs(v.item()) for k, v in logged.items() if k.endswith("/margins")), default=0)
-            log.warn(largest > 30, "a margin is over 30: the model is far from its reference; lower --beta or the learning rates")
+            log.warn(any(c.margin.abs().mean() > 30 for c in contrasts.values()),
+                     "margins are over 30: the model is far from its reference; lower --beta or the learning rates")
         log.bar.update()
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps or log.stopping:
             save_state(folder, step + 1, [trained], optimizers, flags=run_flags(cfg), sft=sft_hash)

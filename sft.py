@@ -357,11 +357,9 @@ def train(cfg):
         raise UserError(f"{cfg.out}/vqgan was trained on {vqgan.config.data}, not on {image_source(cfg)}: "
                         "name another --out, or remove the folder to train it again")
     data = open_data(cfg)
-    if cfg.init:                                             # what it refuses it refuses before the encoding
-        model, vocab, adapter = load_init(cfg, vqgan, device)
+    loaded = load_init(cfg, vqgan, device) if cfg.init else None       # what it refuses it refuses before the encoding
     studies = open_studies(cfg, data["train"], vqgan, autocast)
-    if not cfg.init:
-        (model, vocab), adapter = new_model(cfg, vqgan, studies, device), None
+    model, vocab, adapter = loaded or new_model(cfg, vqgan, studies, device)
     describe(model.train(), vocab, vqgan, cfg)
     model.recompute = cfg.recompute
     studies = studies.serving([t for t in TASKS if shares[t] > 0])
@@ -578,10 +576,10 @@ def all_texts(studies):
 
 
 def new_model(cfg, vqgan, studies, device):
-    """A GPT of random weights and its Vocabulary, of the Studies' words."""
+    """A GPT of random weights, its Vocabulary, of the Studies' words, and no Adapter."""
     torch.manual_seed(cfg.seed)
     vocab = Vocabulary.train(all_texts(studies), vqgan.config.codebook_size, cfg.text_vocab)
-    return GPT(GPTConfig(vocab.size, **SHAPES[cfg.preset])).to(device), vocab
+    return GPT(GPTConfig(vocab.size, **SHAPES[cfg.preset])).to(device), vocab, None
 
 
 def describe(model, vocab, vqgan, cfg):

@@ -324,9 +324,9 @@ def test_the_nll_counts_answers_only_where_something_is_asked():
 def test_gradient_norms_are_those_of_each_weighted_term():
     w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     unused = torch.nn.Parameter(torch.ones(1))
-    losses = {"a": 2 * w.sum(), "b": w.square().sum() / 2}
-    norms = dpo.gradient_norms(losses, [w, unused])
-    assert norms["grad/a"].item() == pytest.approx(8 ** 0.5) and norms["grad/b"].item() == pytest.approx(5.0)
+    losses = {"text": 2 * w.sum(), "sft": w.square().sum() / 2}
+    norms = dpo.gradient_norms(losses, [w, unused], config("bidpo", "--text-weight", "3", "--sft-weight", "1"))
+    assert norms["grad/text"].item() == pytest.approx(3 * 8 ** 0.5) and norms["grad/sft"].item() == pytest.approx(5.0)
     sum(losses.values()).backward()                             # the graph is still there
     assert w.grad.tolist() == [5.0, 6.0]
 
