@@ -767,7 +767,8 @@ def read_named(value):
     rows = as_list(value)
     odd = [f for f in rows if not isinstance(f, dict) or not isinstance(f.get("name"), str) or not f["name"].strip()
            or f.get("side") not in (None, "", *LEFT_RIGHT, "bilateral")]
-    if odd or not (isinstance(value, list) or str(value).strip().startswith("[")):
+    broken = isinstance(value, str) and not rows and "".join(value.split()) != "[]"        # JSON that does not parse
+    if odd or broken or not isinstance(value, list | str):
         raise BadRow('findings must be a list of {"name", "side"}, the side left, right, bilateral or null')
     return tuple(Finding(printable(f["name"].replace("_", " ")), f.get("side") or "") for f in rows)
 

@@ -4,6 +4,7 @@ What is said of a row that is skipped is held to its file, its number and its na
 
 import csv
 import json
+import os
 import re
 import shutil
 import struct
@@ -278,6 +279,48 @@ def test_a_split_that_is_filled_is_the_same_every_time(tmp_path):
 def test_too_few_subjects_is_a_user_error(tmp_path, good):
     with pytest.raises(UserError, match=f"--data {tmp_path}: 1 "):    # of two, one is left for the second split
         read_folder(image_folder(tmp_path, [], good=good), 32, 1)
+
+
+def test_a_photograph_that_says_it_lies_on_its_side_is_turned(tmp_path):
+    """EXIF's orientation 6: the first row of the file is the right edge of the picture."""
+    pixels = np.zeros((40, 40), np.uint8)
+    pixels[:20] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    image = read_image(tmp_path / "x.png", 40, 1)
+    assert image[:, 20:].min() == 200 and image[:, :20].max() == 0
+
+
+def test_of_several_frames_the_first_is_taken_and_said_once(tmp_path, capsys):
+    data.say_once.cache_clear()
+    frames = [Image.new("L", (20, 20), value) for value in (50, 200)]
+    for name in ("a.gif", "b.gif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        assert abs(int(read_image(tmp_path / name, 20, 1).mean()) - 50) < 3
+    assert capsys.readouterr().out.count("frames") == 1
+
+
+@pytest.mark.parametrize("field", ["findings", "masks", "questions"])
+def test_json_nested_without_end_is_a_bad_row(tmp_path, capsys, field):
+    row = {"file_name": "i0.png", "text": "T.", field: "[" * 100_000}
+    assert len(rows_of_names(read_folder(image_folder(tmp_path, [row]), 32, 1))) == 5 + (field == "questions")
+    assert len(messages(capsys)) == 1 + (field != "questions")          # no questions are no reason to skip a record
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["x.json", "train_captions.csv", "metadata.csv"])
+def test_what_is_named_like_metadata_and_is_no_file_is_passed_over(tmp_path, make, name):
+    make(tmp_path / name)
+    with pytest.raises(UserError, match="no known layout"):
+        read_folder(tmp_path, 32, 1)
+
+
+def test_many_bad_rows_are_named_up_to_a_number_and_then_counted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "MOST_NAMED", 7)
+    read_folder(image_folder(tmp_path, [{"file_name": "gone.png", "text": "T."}] * 30), 32, 1)
+    said = messages(capsys)
+    assert sum("gone.png" in line for line in said) == 7 and "30 skipped" in said[-1]
 
 
 def test_pixels_are_read_when_asked_for_and_a_change_is_told(tmp_path):
