@@ -65,7 +65,7 @@ from data import DISTORTIONS, add_noise, check_data, distort, fingerprint, lexic
 from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_resume, cli, config_for,
                    finish_stage, gather, get_lr, init_run, is_made_by, make_optimizers, own, per_token_logps, process,
                    read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out,
-                   sum_over_processes, take_step, trained_parameters, weights_hash, write_tensors)
+                   sum_over_processes, take_step, train_mode, trained_parameters, weights_hash, write_tensors)
 from sft import (collate, dice, draw_masks, load_gpt, load_vqgan, make_example, open_studies, pick_task, response_loss,
                  sample_words)
 from vqgan import encode_images
@@ -81,7 +81,7 @@ class DPOConfig(TuneConfig):
     steps: int = arg(300, "optimizer steps")
     batch_size: int = arg(16, "pairs a step", most=65536)
     pairs: int = arg(4800, "pairs to build, from as many training records")
-    distort: tuple = arg(("remove",), "kinds of distortion, drawn evenly: " + " ".join(DISTORTIONS), choices=DISTORTIONS)
+    distort: tuple = arg(("remove",), "kinds of distortion, one a record, drawn evenly: " + " ".join(DISTORTIONS), choices=DISTORTIONS)
     candidates: int = arg(4, "distorted images to try for a pair; the one that the SFT model notices least is taken")
     strength: int = arg(500, "noise and region-noise: DDPM step, 1 to 1000", most=1000)
     rejected: tuple = arg(("distorted",), "what the SFT model is shown when it writes the rejected report, mixed evenly: the "
@@ -336,10 +336,11 @@ BIASED = {"language": "scrambled", "vision": "no-question"}      # contrast: whi
 
 
 def twins_of(records, index, cfg, region):
-    """The different ones among cfg.candidates twins of a record, drawn from (seed, index): a list of Twin."""
+    """The different ones among cfg.candidates twins of a record, of one kind, drawn from (seed, index): a list of Twin."""
     rng, twins = np.random.default_rng([cfg.seed, 5, index]), {}
+    kind = cfg.distort[rng.integers(len(cfg.distort))]      # one, or the kind that is noticed least would be most of the pairs
     for _ in range(cfg.candidates):
-        twin = distort(records, index, cfg.distort[rng.integers(len(cfg.distort))], cfg.strength, rng, region)
+        twin = distort(records, index, kind, cfg.strength, rng, region)
         if twin.image is not None:
             twins.setdefault(twin.image.tobytes(), twin)
     return list(twins.values())
@@ -579,8 +580,7 @@ def train(cfg):
     torch.manual_seed(cfg.seed)                              # whatever has been trained before in this process
     adapter = add_lora(model, cfg, Path(cfg.out) / "sft") if cfg.lora_rank else None
     asked = torch.tensor([bool(p.question) for p in pairs], device=device).float()
-    model.train()
-    model.recompute = cfg.recompute
+    train_mode(model, cfg)
     trained = trained_parameters(model)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, weight_decay=0.0)
     folder, progress = begin_stage(cfg, name, [trained], optimizers)

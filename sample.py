@@ -42,7 +42,7 @@ from data import (BODY_PHRASES, COMPANIONS, MODALITIES, MODALITY_PHRASES, BadRow
 from model import (RunConfig, UserError, arg, batch_indices, cli, get_lr, init_run, load_folder, load_weights, read_json,
                    read_log, read_metadata, read_tensors, run, save_folder, set_lr, take_step, weights_hash, write_tensors,
                    write_text)
-from dpo import read_pairs
+from dpo import BOTH_WAYS, read_pairs
 from sft import dice, draw_images, draw_masks, load_gpt, write_answers, write_reports
 from vqgan import VQGAN, encode_images, psnr, stack, to_images, to_pixels
 
@@ -622,47 +622,83 @@ def stack_sheets(sheets):
     return whole
 
 
-PANELS = (("vqgan", ("psnr", "val/psnr")), ("vqgan", ("codebook/usage", "codebook/near_duplicates")),
-          ("sft", ("loss", "val/loss")), ("sft", ("val/f1",)),
-          # stage 2, under whatever name
-          ("", ("loss_text", "loss_text_given", "loss_image", "loss_image_given", "loss_answer", "loss_answer_given")),
-          ("", ("rewards_text_given/margins", "rewards_image_given/margins", "rewards_answer_given/margins")),
-          ("", ("logps_text/chosen", "logps_text/rejected")), ("", ("logps_image/chosen", "logps_image/rejected")))
+# stage (the last: stage 2, under whatever name), what a panel shows with its unit, and the logged figures
+PANELS = (("vqgan", "reconstruction, PSNR in dB", ("psnr", "val/psnr")),
+          ("vqgan", "share of the codebook", ("codebook/usage", "codebook/near_duplicates")),
+          ("sft", "loss, nats a token", ("loss", "val/loss")), ("sft", "findings in validation reports, F1", ("val/f1",)),
+          ("", "preference losses, nats", tuple(f"loss_{name}" for name in BOTH_WAYS)),
+          ("", "margins, chosen less rejected reward", tuple(f"rewards_{name}/margins" for name in BOTH_WAYS)),
+          ("", "log-probability of a report, nats", ("logps_text/chosen", "logps_text/rejected")),
+          ("", "log-probability of an image, nats", ("logps_image/chosen", "logps_image/rejected")))
 
 
-def curves(out, model, width=470, height=240):
-    """The logs of vqgan, SFT and one model's stage 2 (PANELS' "") as a sheet of small line plots."""
+def curves(out, model):
+    """The logs of vqgan, SFT and one model's stage 2 as a sheet of line plots."""
     panels = []
-    for stage, names in PANELS:
-        stage = stage or model
-        rows = read_log(Path(out) / f"{stage}.jsonl")
-        series = {n: [(r["step"], r[n]) for r in rows if n in r] for n in names}
-        if any(series.values()):
-            panels.append(plot(f"{stage}: step", {k: v for k, v in series.items() if v}, width, height))
-    sheet = Image.new("RGB", (2 * width, max(1, math.ceil(len(panels) / 2)) * height), PALE)
+    for stage, title, names in PANELS:
+        rows = read_log(Path(out) / f"{stage or model}.jsonl")
+        series = {n: points for n in names if len(points := [(r["step"], r[n]) for r in rows if n in r]) > 1}
+        if series:
+            panels.append(plot(f"{stage or model}: {title}", "step", series))
+    return in_columns(panels)
+
+
+def in_columns(panels, columns=2):
+    """Pictures of one size, row after row."""
+    w, h = panels[0].size if panels else (1, 1)
+    sheet = Image.new("RGB", (columns * w, max(1, math.ceil(len(panels) / columns)) * h), PALE)
     for i, panel in enumerate(panels):
-        sheet.paste(panel, ((i % 2) * width, i // 2 * height))
+        sheet.paste(panel, (i % columns * w, i // columns * h))
     return sheet
 
 
-def plot(title, series, width, height):
-    """One line plot: series maps a name to points (x, y)."""
-    image, font = Image.new("RGB", (width, height), PALE), ImageFont.load_default(11)
-    pen = ImageDraw.Draw(image)
-    left, top, right, bottom = 56, 24, width - 12, height - 22
+def ticks(low, high):
+    """Five or so round numbers from low to high."""
+    rough = (high - low) / 5
+    step = 10 ** math.floor(math.log10(rough))
+    step *= next(m for m in (1, 2, 5, 10) if m * step >= rough)
+    return [i * step for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
+
+
+def smoothed(points):
+    """A running mean over a twentieth of the points, of few points these themselves."""
+    ys, n = np.array([y for _, y in points], float), len(points) // 20
+    return [(x, ys[max(0, i - n):i + 1].mean()) for i, (x, _) in enumerate(points)]
+
+
+def plot(title, x_label, series, width=600, height=340, marked=False):
+    """A plot with axes and a legend: series maps a name to points (x, y).
+
+    Lines are smoothed, over pale ones as logged; when marked, the points themselves with a mark each."""
+    image, font, small = Image.new("RGB", (width, height), PALE), ImageFont.load_default(15), ImageFont.load_default(12)
+    pen, x, y = ImageDraw.Draw(image), 58, 30
+    pen.text((58, 6), title, INK, font)
+    for name, colour in zip(series, COLOURS):                                    # the legend, in as many rows as it takes
+        if x + 18 + pen.textlength(name, small) > width - 10:
+            x, y = 58, y + 16
+        pen.rectangle((x, y + 4, x + 11, y + 9), colour)
+        pen.text((x + 16, y), name, INK, small)
+        x += 30 + pen.textlength(name, small)
+    left, top, right, bottom = 58, y + 24, width - 16, height - 40
     xs, ys = zip(*(p for points in series.values() for p in points))
     x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1e-9), min(ys), max(max(ys), min(ys) + 1e-9)
+    dx, dy = (0.04 * (x1 - x0), 0.04 * (y1 - y0)) if marked else (0, 0.02 * (y1 - y0))
+    x0, x1, y0, y1 = x0 - dx, x1 + dx, y0 - dy, y1 + dy
     at = lambda p: (left + (p[0] - x0) / (x1 - x0) * (right - left), bottom - (p[1] - y0) / (y1 - y0) * (bottom - top))
-    for i in range(5):
-        y = y0 + (y1 - y0) * i / 4
-        pen.line([at((x0, y)), at((x1, y))], GRID)
-        pen.text((4, at((x0, y))[1] - 6), f"{y:.4g}", INK, font)
-    pen.text((left, bottom + 5), f"{title} {x0:.4g} to {x1:.4g}", INK, font)
-    x = left
-    for (name, points), colour in zip(series.items(), COLOURS):
-        pen.line([at(p) for p in points] * (1 if len(points) > 1 else 2), colour, 2)
-        pen.text((x, 6), name, colour, font)
-        x += pen.textlength(name, font) + 14
+    for v in ticks(y0, y1):
+        pen.line([at((x0, v)), at((x1, v))], GRID)
+        pen.text((left - 6, at((x0, v))[1]), f"{v:.4g}", INK, small, anchor="rm")
+    for v in ticks(x0, x1):
+        pen.line([(at((v, y0))[0], bottom), (at((v, y0))[0], bottom + 4)], INK)
+        pen.text((at((v, y0))[0], bottom + 6), f"{v:.4g}", INK, small, anchor="mt")
+    pen.line([(left, top), (left, bottom), (right, bottom)], INK)
+    pen.text((right, height - 4), x_label, INK, small, anchor="rb")
+    for points, colour in zip(series.values(), COLOURS):
+        if not marked:
+            pen.line([at(p) for p in points], tuple((c + 2 * 255) // 3 for c in colour), 1)
+        pen.line([at(p) for p in (points if marked else smoothed(points))], colour, 2)
+        for cx, cy in [at(p) for p in points] if marked else ():
+            pen.ellipse((cx - 4, cy - 4, cx + 4, cy + 4), colour)
     return image
 
 

@@ -33,8 +33,8 @@ from data import Finding, data_name, fingerprint, image_source, lexicon, match_f
 from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_resume,
                    copy_folder, cli, config_for, finish_stage, first_alone, folder_hash, gather, generate, get_lr, init_run,
                    is_made_by, make_optimizers, own, process, processes, read_tensors, run, run_flags, save_state,
-                   save_tuned, sequence_logps, set_lr, take_step, trained_parameters, wait, weights_hash, write_tensors,
-                   write_text)
+                   save_tuned, sequence_logps, set_lr, take_step, train_mode, trained_parameters, wait, weights_hash,
+                   write_tensors, write_text)
 from vqgan import VQGAN, encode_images
 
 
@@ -360,8 +360,7 @@ def train(cfg):
     loaded = load_init(cfg, vqgan, device) if cfg.init else None       # what it refuses it refuses before the encoding
     studies = open_studies(cfg, data["train"], vqgan, autocast)
     model, vocab, adapter = loaded or new_model(cfg, vqgan, studies, device)
-    describe(model.train(), vocab, vqgan, cfg)
-    model.recompute = cfg.recompute
+    describe(model, vocab, vqgan, cfg)
     studies = studies.serving([t for t in TASKS if shares[t] > 0])
     val = encode_records(data["val"], range(min(cfg.val_records, len(data["val"]))), vqgan, cfg.seed, autocast)
     if not len(studies):
@@ -369,6 +368,7 @@ def train(cfg):
 
     phrases, trained = lexicon(data["train"]), trained_parameters(model)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, cfg.weight_decay)
+    train_mode(model, cfg)
     folder, progress = begin_stage(cfg, "sft", [trained], optimizers)
     base_hash = folder_hash(cfg.init) if cfg.init else ""
     if progress.get("base", base_hash) != base_hash:

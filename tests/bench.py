@@ -6,6 +6,7 @@ vector-quantize-pytorch`; none is needed) it does the same work in the same proc
 ratio of their medians is printed: a busy machine slows both. Peak memory is that of a process of its own."""
 
 import argparse
+import copy
 import importlib.util
 import json
 import multiprocessing
@@ -24,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import Phantoms  # noqa: E402
 from dpo import DPOConfig, log_ratios, objective_loss, sum_logps  # noqa: E402
-from model import GPT, GPTConfig, generate, init_run, make_optimizers, per_token_logps, take_step  # noqa: E402
+from model import (GPT, GPTConfig, UserError, generate, init_run, make_optimizers, per_token_logps, take_step,  # noqa: E402
+                   train_mode)
 from sft import SFTConfig, Study, Vocabulary, collate, encode_records, make_batch  # noqa: E402
 from vqgan import VQGAN, VectorQuantizer, VQGANConfig  # noqa: E402
 
@@ -85,19 +87,29 @@ def a_batch_of_pairs(n=16):
 
 
 def stage1(autocast):
-    """One step of instruction tuning, 64 sequences; transformers: the same padded batch, the whole head, AdamW."""
+    """One step of instruction tuning, 64 sequences, also with --compile; transformers: the same padded batch, the whole head,
+    AdamW."""
     gpt, peer = gpt_of()
     ids, labels = a_batch()
     ids, tokens = ids.clamp(max=1316), int((labels != -100).sum())
     real = int(sum((row != -100).nonzero().max() + 1 for row in labels))                  # tokens that are no padding
-    optimizers = make_optimizers(gpt, 1e-3, 1e-3, 0.1)
 
-    def ours():
-        with autocast():
-            loss = -per_token_logps(gpt, ids, labels).sum() / tokens
-        take_step(loss, gpt.parameters(), optimizers, clip=1.0)
+    def step_of(gpt):
+        optimizers = make_optimizers(gpt, 1e-3, 1e-3, 0.1)
 
-    work = {"ours": (ours, real)}
+        def step():
+            with autocast():
+                loss = -per_token_logps(gpt, ids, labels).sum() / tokens
+            take_step(loss, gpt.parameters(), optimizers, clip=1.0)
+        return step, real
+
+    work = {"ours": step_of(gpt)}
+    try:
+        compiled = copy.deepcopy(gpt)
+        train_mode(compiled, SFTConfig(compile=True))
+        work["--compile"] = step_of(compiled)
+    except UserError as why:
+        print(why)
     if peer:
         optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-3)
 

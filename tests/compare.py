@@ -19,7 +19,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 import dpo
 import sample
@@ -271,7 +270,7 @@ def picture(found, names):
     panels, units = [], [u for seeds in found.values() for u in seeds.values()]
     names = sorted(("sft", *names), key=lambda n: sum(n not in u for u in units))      # what is in all panels: one colour
     for bias, seeds in sorted(found.items(), reverse=True):
-        for metric in ("companion", "chair_i"):
+        for metric, title in (("companion", "companion hallucination"), ("chair_i", "CHAIR_i")):
             series = {}
             for name in [n for n in names if all(n in u for u in seeds.values())]:
                 points = np.array([[[u[name][f"report/{d}/{m}"]["value"] for u in seeds.values()]
@@ -279,11 +278,8 @@ def picture(found, names):
                 if np.isfinite(points).all():
                     series[name] = points.tolist()
             if series:
-                panels.append(sample.plot(f"{metric} over recall, bias {bias:g};", series, 560, 300))
-    sheet = Image.new("RGB", (1120, 300 * max(1, (len(panels) + 1) // 2)), sample.PALE)
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (560 * (i % 2), 300 * (i // 2)))
-    return sheet
+                panels.append(sample.plot(f"{title}, bias {bias:g}", "recall: greedy (right), T = 0.5, T = 1", series, marked=True))
+    return sample.in_columns(panels)
 
 
 def print_evaluations(paths):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.testing import assert_close
@@ -20,10 +21,10 @@ import model
 import sample
 import sft
 import vqgan
-from model import (GPT, SHARED_PRESETS, Decoder, GPTConfig, Log, RunConfig, UserError, arg, batch_indices, begin_stage,
-                   cli, config_for, finish_stage, folder_hash, generate, get_lr, init_run, load_state, make_optimizers,
-                   other_flags, per_token_logps, read_log, read_progress, read_tensors, run, run_flags, sample_token,
-                   save_state, sequence_logps, set_lr, take_step, weights_hash)
+from model import (GPT, SHARED_PRESETS, Decoder, GPTConfig, Log, RunConfig, TuneConfig, UserError, arg, batch_indices,
+                   begin_stage, cli, config_for, finish_stage, folder_hash, generate, get_lr, init_run, load_state,
+                   make_optimizers, other_flags, per_token_logps, read_log, read_progress, read_tensors, run, run_flags,
+                   sample_token, save_state, sequence_logps, set_lr, take_step, train_mode, weights_hash)
 
 GOLDEN = json.loads((Path(__file__).parent / "qwen3_golden.json").read_text())
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
@@ -614,6 +615,22 @@ def test_recomputing_gives_the_same_gradients_and_keeps_no_activations(gpt):
     assert kept[1] < kept[0] / 10
     for plain, again in zip(*gradients):
         assert_close(again, plain)
+
+
+def test_train_mode_compiles_the_blocks_or_says_why_not(gpt, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic: compiled.append((self, dynamic)))
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    train_mode(gpt.eval(), TuneConfig())
+    assert gpt.training and not gpt.recompute and not compiled
+    train_mode(gpt, TuneConfig(compile=True, recompute=True))
+    assert gpt.recompute and compiled == [(block, True) for block in gpt.model.layers]
+
+    def fails(f):
+        raise RuntimeError("no working C++ compiler found")
+    monkeypatch.setattr(torch, "compile", fails)
+    with pytest.raises(UserError, match="--compile .*no working C"):
+        train_mode(gpt, TuneConfig(compile=True))
 
 
 def loss_at(gpt, step):

@@ -354,6 +354,19 @@ def test_curves_show_stage_2_under_its_name(trained, tmp_path):
     assert whole.height == 2 * without.height > 0 and whole.height == sample.curves(trained, "bidpo").height
 
 
+def test_ticks_are_round_numbers_inside_the_range():
+    assert np.allclose(sample.ticks(0, 1), [0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert np.allclose(sample.ticks(-73, 12), [-60, -40, -20, 0])
+    assert np.allclose(sample.ticks(0.0213, 0.0871), [0.04, 0.06, 0.08])
+    assert len(sample.ticks(3, 3 + 1e-9)) > 1
+
+
+def test_few_points_are_drawn_as_they_are_and_many_smoothed():
+    assert sample.smoothed([(0, 1.0), (5, 3.0)]) == [(0, 1.0), (5, 3.0)]
+    many = [(x, float(x % 2)) for x in range(20)]                     # 0, 1, 0, 1 …: a mean of two
+    assert sample.smoothed(many)[0] == (0, 0.0) and {y for _, y in sample.smoothed(many)[1:]} == {0.5}
+
+
 def test_the_sheet_of_pairs_shows_those_of_this_sft_model(trained):
     model, vqgan = GPT.from_pretrained(trained / "sft"), VQGAN.from_pretrained(trained / "vqgan")
     bench = SimpleNamespace(cfg=sample.SampleConfig(out=str(trained)), pixels=torch.zeros(1), phrases=PHRASES)
