@@ -88,9 +88,11 @@ class DPOConfig(TuneConfig):
                           "distorted image, the genuine one (own: its own errors), the genuine one's codes scrambled, or "
                           "no-question", choices=("distorted", "own", "scrambled", "no-question"))
     pair_temperature: float = arg(1.0, "temperature of the SFT model's reports and masks")
-    flip_pairs: float = arg(0.0, "share of pairs whose chosen and rejected report and mask are swapped; NLL, anchor and "
-                            "drawing prompts follow", most=1)
-    curriculum: bool = arg(False, "easy, medium, hard thirds one after the other, by semantic entropy (mfpo: on)")
+    flip_pairs: float = arg(0.0, "share of pairs whose responses are compared the wrong way round, as noisy data have them; NLL, "
+                            "anchor and drawings stay as they are", most=1)
+    curriculum: str = arg("", "order of three thirds of the pairs, each with a learning-rate schedule of its own: easy-first or "
+                          "hard-first, by semantic entropy, or shuffled; empty: all at once (mfpo: easy-first)",
+                          choices=("", "easy-first", "hard-first", "shuffled"))
     entropy_samples: int = arg(5, "reports sampled for the semantic entropy of an image")
     proposals: int = arg(4, "rndpo: masks that the SFT model draws of one structure; the judge ranks them by their "
                          "Dice with each other", least=2)
@@ -131,7 +133,7 @@ GENTLE = dict(sft_weight=0.5, rehearsal_weight=1.0)
 PUBLISHED = dict(beta=0.1, text_weight=1.0, text_given_weight=1.0, **GENTLE)
 # bidpo's defaults are the flags' own, found on phantoms; the others' are the papers' where they give one
 OBJECTIVE_DEFAULTS = {"bidpo": {}, "dpo": PUBLISHED, "mdpo": PUBLISHED | dict(anchor_weight=1.0), "napo": PUBLISHED,
-                      "mfpo": PUBLISHED | dict(anchor_weight=1.0, curriculum=True),
+                      "mfpo": PUBLISHED | dict(anchor_weight=1.0, curriculum="easy-first"),
                       "rndpo": dict(beta=5.0, normalise=True, **GENTLE),
                       "sft": dict(sft_weight=1.0, rehearsal_weight=1.0)}
 
@@ -179,7 +181,7 @@ class Contrast(NamedTuple):
 
     margin: torch.Tensor         # r(chosen) − r(rejected), r = β·(log π_θ − log π_ref); with cfg.normalise over Ω, per code
     mean_margin: torch.Tensor    # the same of means per token and without β; NaPO's q follows it
-    keep: torch.Tensor           # 1 where the two differ, so that the pair counts, else 0
+    keep: torch.Tensor           # 1 where the two differ, so that the pair counts, else 0; −1: --flip-pairs swapped them
 
 
 def make_contrast(name, ratios, keep, cfg):
@@ -191,7 +193,8 @@ def make_contrast(name, ratios, keep, cfg):
     margin = cfg.beta * (chosen.whole - rejected.whole)
     if cfg.normalise and name in ("image", "mask"):
         margin = cfg.beta * (chosen.omega - rejected.omega) / chosen.omega_tokens.clamp(min=1)
-    return Contrast(margin, chosen.whole / chosen.tokens - rejected.whole / rejected.tokens, keep)
+    mean_margin = chosen.whole / chosen.tokens - rejected.whole / rejected.tokens
+    return Contrast(keep.sign() * margin, keep.sign() * mean_margin, keep.abs())
 
 
 def preference_loss(contrast):
@@ -282,10 +285,10 @@ def sequences_of(cfg):
 def objective_loss(ratios, keep, cfg):
     """The objective's weighted sum, its {term: loss} and {contrast: Contrast}, from log-ratios {sequence: Sums}.
 
-    A term is the mean over the pairs that count, keep {contrast: (B,) of 0 or 1}; the anchor's over all."""
+    A term is the mean over the pairs that count, keep {contrast: (B,) of pairs_that_count}; the anchor's over all."""
     contrasts = {name: make_contrast(name, ratios, keep[name], cfg) for name in contrasts_of(cfg)}
     losses = OBJECTIVES[cfg.objective][0](contrasts, {k: cfg.beta * v.whole for k, v in ratios.items()}, cfg)
-    terms = {name: masked_mean(loss, keep.get(name, torch.ones_like(loss))) for name, loss in losses.items()}
+    terms = {k: masked_mean(loss, contrasts[k].keep if k in contrasts else torch.ones_like(loss)) for k, loss in losses.items()}
     return sum(getattr(cfg, f"{name}_weight") * term for name, term in terms.items()), terms, contrasts
 
 
@@ -406,10 +409,7 @@ def sample_reports(pairs, writer, model, vocab, cfg, seed):
 
 
 def set_responses(pairs, cfg):
-    """Set what this run takes of each pair: its wording, its rejected report and, for rndpo, two masks.
-
-    A share of cfg.flip_pairs is swapped, as in noisy data: NLL, anchor and drawing prompts follow the swapped sides."""
-    flipped = np.random.default_rng([cfg.seed, 12]).random(len(pairs)) < cfg.flip_pairs
+    """Set what this run takes of each pair: its wording, its rejected report and, for rndpo, two masks."""
     for i, pair in enumerate(pairs):
         pair.wording = int(np.random.default_rng([cfg.seed, 6, i]).integers(3))
         pair.rejected = pair.reports[cfg.rejected[i % len(cfg.rejected)]]
@@ -418,12 +418,11 @@ def set_responses(pairs, cfg):
         if pair.structure:
             rng = np.random.default_rng([cfg.seed, 11, i])
             pair.masks = tuple(pair.proposals[k] for k in rank_proposals(pair.scores[0], cfg.mining, cfg.judge_noise, rng))
-        if flipped[i]:
-            pair.chosen, pair.rejected, pair.masks = pair.rejected, pair.chosen, pair.masks[::-1]
 
 
 def pairs_that_count(pairs, cfg, phrases):
-    """Which pairs count, {contrast: (n,) bool}: those whose two sides state something else, or differ in a code.
+    """Which pairs count, {contrast: (n,) of 1 or 0}: those whose two sides state something else, or differ in a code. −1 where
+    one of cfg.flip_pairs has its two reports or masks compared the wrong way round.
 
     Raises UserError for a contrast without any such pair; answers alone may be wanting, as not all data ask."""
     states = lambda text: statement_of(text, phrases)
@@ -434,14 +433,15 @@ def pairs_that_count(pairs, cfg, phrases):
               "answer": lambda p: bool(p.question), "answer_given": lambda p: bool(p.question)}
     for bias, writer in BIASED.items():
         differ[bias] = lambda p, writer=writer: states(p.reports[writer]) != states(p.chosen)
-    keep = {name: np.array([differ[name](p) for p in pairs], bool) for name in contrasts_of(cfg)}
+    keep = {name: np.array([differ[name](p) for p in pairs], int) for name in contrasts_of(cfg)}
+    flipped = np.random.default_rng([cfg.seed, 12]).random(len(pairs)) < cfg.flip_pairs
     counts = ", ".join(f"{name} {int(v.sum())}" for name, v in keep.items())
     if not all(v.any() for name, v in keep.items() if not name.startswith("answer")):
         raise UserError(f"--objective {cfg.objective} finds no usable preference pair: of {len(pairs)}, chosen and rejected "
                         f"differ in: {counts}; try another --rejected or --distort, or a --pair-temperature above 0")
     if keep:
         tqdm.write(f"of {len(pairs)} pairs chosen and rejected differ in: {counts}")
-    return keep
+    return {name: np.where(flipped & (name in ("text", "language", "vision", "mask")), -v, v) for name, v in keep.items()}
 
 
 # ---- The lesson: pairs as sequences, and their log-probabilities ---------------------------------
@@ -517,13 +517,23 @@ def rehearsal_batch(studies, cfg, vocab, step, device):
 
 
 def pick_pairs(pairs, cfg, step):
-    """Indices of a step's pairs; with --curriculum from the third of the pairs, easy to hard, whose turn it is."""
+    """Indices of a step's pairs; with --curriculum from the third of the pairs whose turn it is."""
     pool = np.arange(len(pairs))
     if cfg.curriculum:
         easy_first = np.argsort([p.entropy for p in pairs], kind="stable")
-        thirds = np.array_split(easy_first, min(3, len(pairs)))
+        order = {"easy-first": easy_first, "hard-first": easy_first[::-1],
+                 "shuffled": np.random.default_rng([cfg.seed, 13]).permutation(easy_first)}[cfg.curriculum]
+        thirds = np.array_split(order, min(3, len(pairs)))
         pool = thirds[len(thirds) * step // cfg.steps]
     return pool[batch_indices(len(pool), cfg.batch_size, step, cfg.seed)]
+
+
+def schedule(cfg, step):
+    """(step, steps) of the learning rate's schedule: those of the run; with --curriculum those of the third."""
+    if not cfg.curriculum:
+        return step, cfg.steps
+    start, end = (-(-cfg.steps * third // 3) for third in (3 * step // cfg.steps, 3 * step // cfg.steps + 1))
+    return step - start, end - start
 
 
 def chosen_nll(policy_sums, asked, cfg):
@@ -589,7 +599,7 @@ def train(cfg):
     start = progress.get("step", 0)
     log = Log(f"{cfg.out}/{name}.jsonl", name, cfg.steps, start)
     for step in range(start, cfg.steps):
-        set_lr(optimizers, get_lr(step, cfg.steps, warmup=20))
+        set_lr(optimizers, get_lr(*schedule(cfg, step), warmup=20))
         torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike
         indices = torch.as_tensor(pick_pairs(pairs, cfg, step), device=device)
         with autocast():

@@ -201,7 +201,7 @@ def test_objective_defaults_come_between_preset_and_flags():
     own, published = dpo.DPOConfig.beta, dpo.OBJECTIVE_DEFAULTS["dpo"]["beta"]
     assert (config("bidpo").beta, config("dpo").beta, config("dpo", "--beta", "2").beta) == (own, published, 2.0)
     assert own != published
-    assert config("mfpo").curriculum and not config("mfpo", "--no-curriculum").curriculum
+    assert config("mfpo").curriculum == "easy-first" and config("mfpo", "--curriculum", "").curriculum == ""
     assert config("rndpo").normalise and not config("bidpo").normalise
     assert dpo.OBJECTIVES.keys() == dpo.OBJECTIVE_DEFAULTS.keys() == {*TERMS, "sft"}
 
@@ -479,14 +479,24 @@ def test_masks_are_ranked_by_their_agreement_not_by_the_truth():
     assert all((m == pairs[1].codes).all() for m in pairs[1].masks)
 
 
-def test_a_flipped_pair_has_chosen_and_rejected_swapped():
-    plain, flipped, half = make_pairs(), make_pairs(), [p for _ in range(500) for p in make_pairs()]
-    for pairs, share in ((plain, "0"), (flipped, "1"), (half, "0.3")):
-        dpo.set_responses(pairs, config("rndpo", "--flip-pairs", share))
-    for one, two in zip(plain, flipped):
-        assert (one.chosen, one.rejected) == (two.rejected, two.chosen)
-        assert all((a == b).all() for a, b in zip(one.masks, two.masks[::-1]))
-    assert np.mean([p.chosen == "Normal." for p in half[::2]]) == pytest.approx(0.3, abs=0.05)
+def test_flipped_pairs_are_compared_the_wrong_way_round_and_else_stay():
+    """Reports and masks; what is compared given another condition is not touched, nor what the NLL is taken of."""
+    for objective, turned in (("mdpo", {"text"}), ("napo", {"text", "language", "vision"}), ("rndpo", {"mask"})):
+        plain_pairs, plain = sided(make_pairs(), config(objective))
+        pairs, flipped = sided(make_pairs(), config(objective, "--flip-pairs", "1"))
+        assert {k for k in plain if (flipped[k] == -plain[k]).all()} == turned
+        assert all((flipped[k] == plain[k]).all() for k in plain.keys() - turned)
+        assert [(p.chosen, p.rejected) for p in pairs] == [(p.chosen, p.rejected) for p in plain_pairs]
+    _, some = sided([p for _ in range(500) for p in make_pairs()], config("mdpo", "--flip-pairs", "0.3"))
+    assert np.mean(some["text"][some["text"] != 0] < 0) == pytest.approx(0.3, abs=0.05)
+
+
+def test_a_flipped_pair_pays_for_the_opposite_margin():
+    cfg = config("dpo", "--beta", "1")
+    ratios = {"text_chosen": sums([2.0]), "text_rejected": sums([-1.0])}
+    loss, _, contrasts = dpo.objective_loss(ratios, {"text": torch.tensor([-1.0])}, cfg)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(3)), rel=1e-6)
+    assert contrasts["text"].margin.item() == -3 and contrasts["text"].keep.item() == 1
 
 
 def test_the_judge_ranks_and_errs():
@@ -563,13 +573,27 @@ def test_masks_that_no_record_has_are_asked_for():
         dpo.add_missing(without_masks(make_pairs()), config("rndpo"), records, PHRASES, None, VOCAB, None)
 
 
-def test_the_curriculum_goes_from_easy_to_hard():
+def test_the_curriculum_takes_one_third_after_the_other():
     pairs = [replace(make_pairs()[0], entropy=float(e)) for e in (5, 1, 4, 2, 3, 0)]
-    cfg = config("dpo", "--curriculum", "--steps", "9", "--batch-size", "2")
-    seen = [sorted(pairs[i].entropy for i in dpo.pick_pairs(pairs, cfg, step)) for step in range(9)]
-    assert seen == [[0, 1]] * 3 + [[2, 3]] * 3 + [[4, 5]] * 3
+
+    def seen(order):
+        cfg = config("dpo", "--curriculum", order, "--steps", "9", "--batch-size", "2")
+        return [sorted(pairs[i].entropy for i in dpo.pick_pairs(pairs, cfg, step)) for step in range(9)]
+    assert seen("easy-first") == [[0, 1]] * 3 + [[2, 3]] * 3 + [[4, 5]] * 3
+    assert seen("hard-first") == seen("easy-first")[::-1]
+    assert seen("shuffled")[::3] not in (seen("easy-first")[::3], seen("hard-first")[::3])
+    assert sorted(sum(seen("shuffled")[::3], [])) == list(range(6))
     plain = config("dpo", "--batch-size", "3")
     assert sorted(np.concatenate([dpo.pick_pairs(pairs, plain, step) for step in (0, 1)])) == list(range(6))
+
+
+def test_each_third_of_a_curriculum_has_a_schedule_of_its_own():
+    cfg = config("mfpo", "--steps", "10")
+    assert [dpo.schedule(cfg, step) for step in range(10)] == [*zip(range(4), [4] * 4), *zip(range(3), [3] * 3),
+                                                               *zip(range(3), [3] * 3)]
+    thirds = [3 * step // 10 for step in range(10)]                     # as pick_pairs has them
+    assert thirds == [0] * 4 + [1] * 3 + [2] * 3
+    assert dpo.schedule(config("mdpo", "--steps", "10"), 7) == (7, 10)
 
 
 def test_each_writer_sees_what_it_should():
