@@ -13,46 +13,47 @@ beside that folder, the tables to standard output. The README's are in .github/r
 side by side in two shells with OMP_NUM_THREADS=1. Only the programs' own functions do the work."""
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import dpo
 import sample
 import sft
 import vqgan
-from data import PHRASES, Phantoms, names_and_sides, read_findings
-from model import UserError, cli, other_flags, read_log, read_progress, run, write_text
+from data import PHRASES, Phantoms, names_and_sides, open_data, read_findings
+from model import UserError, cli, init_run, other_flags, read_log, read_progress, run, write_text
 
-# Half the default length of stage 1, two thirds of stage 2's steps, pairs and rehearsal: minutes a recipe on one core.
-SCALE = {"vqgan": [], "sft": ["--steps", "1300", "--val-every", "130"],
-         "dpo": ["--steps", "200", "--pairs", "3200"],
-         "sample": ["--n", "1000", "--seed", "7"]}
-TABLE = {"control": "--objective sft", "dpo": "--objective dpo", "bidpo": "", "bidpo-c2": "--text-given-weight 2",
-         "bidpo-t0": "--text-weight 0 --sft-weight 1",       # no preference between reports, and the control's SFT term
-         "mdpo": "--objective mdpo", "mfpo": "--objective mfpo", "napo": "--objective napo", "rndpo": "--objective rndpo"}
-# What the papers claim, and why the preference between reports costs (text0, add, own). On these pairs mdpo is mfpo
-# without its curriculum; mask-dpo is rndpo without its normalisation, at DPO's β.
-CLAIMS = {"bidpo-own": "--rejected own", "bidpo-strict": " ".join(f"--{t}-weight 0" for t in ("text-given", "image-given", "answer", "answer-given", "anchor")),
-          "bidpo-text0": "--text-weight 0", "bidpo-t0-add": "--text-weight 0 --sft-weight 1 --distort remove remove add",
-          "dpo-own": "--objective dpo --rejected own",
-          **{f"{o}-flip{p}": f"--objective {o} --flip-pairs 0.{p}" for p in (10, 20, 30) for o in ("dpo", "napo")},
+TABLE = {"control": "--objective sft", "dpo": "--objective dpo", "bidpo": "", "mdpo": "--objective mdpo",
+         "mfpo": "--objective mfpo", "napo": "--objective napo", "rndpo": "--objective rndpo"}
+without = lambda *terms: " ".join(f"--{term.replace('_', '-')}-weight 0" for term in terms)
+# bidpo with fewer terms, and what the papers claim. On these pairs mdpo is mfpo without its curriculum; mask-dpo is rndpo
+# without its normalisation, at DPO's β.
+CLAIMS = {"bidpo-strict": without("text_given", "image_given", "answer", "answer_given", "anchor") + " --image-weight 1 --text-weight 1",
+          "bidpo-reading": without("image", "image_given", "answer", "answer_given"),
+          "bidpo-drawing": without("text", "text_given", "answer", "answer_given"),
+          "bidpo-answering": without("text", "text_given", "image", "image_given"),
+          **{f"{o}-b05": f"--objective {o} --beta 0.5" for o in ("dpo", "mdpo", "napo")},
+          "napo-bce": "--objective napo --q-max 0.001",                            # q fixed at its least: −log σ
+          **{f"mdpo-{order}": f"--objective mdpo --curriculum {order}" for order in ("hard-first", "shuffled")},
+          **{f"mdpo-own-{k}": f"--objective mdpo --rejected own --distort {k}" for k in ("remove", "region-noise", "crop", "noise")},
+          **{f"{o}-flip30": f"--objective {o} --flip-pairs 0.3" for o in ("dpo", "napo")},
           **{f"rndpo-judge{p}": f"--objective rndpo --judge-noise 0.{p}" for p in (2, 4)},
           **{f"rndpo-random-judge{p}": f"--objective rndpo --mining random --judge-noise 0.{p}" for p in (0, 2, 4)},
-          **{f"mask-dpo-judge{p}": f"--objective rndpo --no-normalise --beta 0.1 --judge-noise 0.{p}" for p in (0, 2, 4)},
-          # each kind of distortion needs pairs of its own: half as many pairs and steps
-          **{f"mdpo-{k}": f"--objective mdpo --distort {k} --steps 100 --pairs 1600"
-             for k in ("remove", "region-noise", "crop", "noise")}}
+          **{f"mask-dpo-judge{p}": f"--objective rndpo --no-normalise --beta 0.1 --judge-noise 0.{p}" for p in (0, 2, 4)}}
 RECIPES = TABLE | CLAIMS
 # What the claims compare with each other, not with the control: their paired differences are kept too.
 VERSUS = [pair.split() for pair in (
-    "bidpo-c2 bidpo", "bidpo-t0 bidpo", "bidpo-text0 bidpo", "bidpo-strict bidpo", "mfpo mdpo", "napo dpo",
-    "mdpo-region-noise mdpo-crop", "mdpo-crop mdpo-noise", "mdpo-region-noise mdpo-noise", "mdpo-remove mdpo-region-noise",
-    "dpo-flip30 dpo", "napo-flip30 napo", "napo-flip30 dpo-flip30", "rndpo mask-dpo-judge0", "rndpo-judge4 rndpo",
-    "mask-dpo-judge4 mask-dpo-judge0", "rndpo-judge4 mask-dpo-judge4")]
+    "bidpo-strict bidpo", "bidpo-reading bidpo", "bidpo-drawing bidpo", "bidpo-answering bidpo", "mfpo mdpo", "mfpo mdpo-shuffled",
+    "mfpo mdpo-hard-first", "napo dpo", "napo napo-bce", "mdpo-own-region-noise mdpo-own-crop", "mdpo-own-crop mdpo-own-noise",
+    "mdpo-own-region-noise mdpo-own-noise", "mdpo-own-remove mdpo-own-region-noise", "dpo-flip30 dpo", "napo-flip30 napo",
+    "napo-flip30 dpo-flip30", "rndpo mask-dpo-judge0", "rndpo-judge4 rndpo", "mask-dpo-judge4 mask-dpo-judge0",
+    "rndpo-judge4 mask-dpo-judge4")]
 READING = {"companion": "companion hallucination ↓", "chair_i": "CHAIR_i ↓", "chair_s": "CHAIR_s ↓", "recall": "recall",
            "f1": "finding F1", "laterality": "wrong side ↓"}
 ROWS = {f"report/{d}/{m}": f"{title}, {how}" for m, title in READING.items()
@@ -60,6 +61,8 @@ ROWS = {f"report/{d}/{m}": f"{title}, {how}" for m, title in READING.items()
     "report/greedy/exact": "exact finding sets, greedy", "report/greedy/distinct": "distinct reports, greedy",
     "ask/accuracy": "questions right", "ask/companion": "companion affirmed when asked ↓",
     "segment/dice": "Dice, all structures", "segment/dice_large": "Dice, large structures",
+    "held_out/text": "held-out pairs: log-ratio of report less rejected report, nats",
+    "held_out/text_given": "held-out pairs: log-ratio of report given its image less given the twin, nats",
     "generate/cfg1/f1": "text→image F1, no guidance", "generate/cfg1.5/f1": "text→image F1, guidance 1.5",
     "generate/cfg1.5/extra": "text→image extra ↓", "generate/cfg1.5/missing": "text→image missing ↓",
     "generate/cfg1.5/frechet": "text→image Fréchet distance ↓", "drift/text_chosen": "drift of log π(report), nats",
@@ -75,23 +78,47 @@ def run_unit(out, shared, bias, seed, recipes, preset):
     """Train and evaluate the recipes of one unit; what is already there is kept. Returns its results."""
     flags = ["--out", str(out), "--preset", preset]
     data = ["--bias", str(bias), "--seed", str(seed)]
-    scale = SCALE if preset == "small" else dict.fromkeys(SCALE, [])
-    wanted = {name: [*flags, *data, *scale["dpo"], *RECIPES[name].split(), "--name", name, "--resume"] for name in recipes}
+    wanted = {name: [*flags, *data, *RECIPES[name].split(), "--name", name, "--resume"] for name in recipes}
     for name in [n for n in recipes if (out / n).exists()]:
         check_kept(out / name, wanted[name])
     borrow(shared / "vqgan", out / "vqgan")
     if not (out / "vqgan").exists():
-        vqgan.main([*flags, "--seed", "0", *scale["vqgan"], "--resume"])
+        vqgan.main([*flags, "--seed", "0", "--resume"])
         borrow(out / "vqgan", shared / "vqgan")
     if not (out / "sft").exists():
-        sft.main([*flags, *data, *scale["sft"], "--resume"])
+        sft.main([*flags, *data, "--resume"])
     for name in recipes:
         if not (out / name).exists():
             dpo.main(wanted[name])
     borrow(shared / "reader", out / "reader")
-    sample.main([*flags, "--bias", str(bias), *scale["sample"]])
+    sample.main([*flags, "--bias", str(bias), "--seed", "7", *(["--n", "2000"] if preset == "small" else [])])
     borrow(out / "reader", shared / "reader")
-    return gather_results(out)
+    results = gather_results(out)
+    margins = held_out_margins(cli(dpo.DPOConfig, dpo.PRESETS, [*flags, *data]), [n for n in results if n != "sft" and (out / n).is_dir()])
+    return {name: found | margins.get(name, {}) for name, found in results.items()}
+
+
+def held_out_margins(cfg, names, n=400):
+    """How far each model of cfg.out prefers, more than SFT, what stage 2 taught to prefer, on pairs from validation phantoms:
+    {name: {"held_out/CONTRAST": {"value": mean log-ratio in nats, without β}}}, CONTRAST text or text_given (claim 3)."""
+    device, autocast = init_run(cfg)
+    model, vocab, vqgan = dpo.load_sft(cfg, device)
+    records, sequences = open_data(cfg)["val"], ("text_chosen", "text_rejected", "text_given")
+    n = min(n, len(records))
+    cfg = dataclasses.replace(cfg, pairs=n, candidates=1)
+    pairs = dpo.build_pairs(records, sft.encode_records(records, range(n), vqgan, cfg.seed, autocast), cfg, vqgan, None, autocast)
+    with autocast():
+        for pair, text in zip(pairs, dpo.sample_reports(pairs, "distorted", model, vocab, cfg, cfg.seed)):
+            pair.reports["distorted"] = text
+    dpo.set_responses(pairs, cfg)
+    score = lambda model: dpo.sum_reference_logps(model, pairs, sequences, vocab, cfg, autocast)
+    reference, every, found = score(model), torch.arange(len(pairs)), {}
+    keep = {k: torch.tensor(v) != 0 for k, v in dpo.pairs_that_count(pairs, cfg, PHRASES).items()}
+    for name in names:
+        ratios = dpo.log_ratios(score(sft.load_gpt(Path(cfg.out) / name, vqgan, device)[0]), reference, every)
+        margins = {c: ratios["text_chosen"].whole - ratios[dpo.CONTRASTS[c][1]].whole for c in ("text", "text_given")}
+        found[name] = {f"held_out/{c}": {"value": round(m[keep[c]].mean().item(), 3)} for c, m in margins.items()}
+    return found
 
 
 def check_kept(folder, wanted):

@@ -105,9 +105,9 @@ def evaluated(tmp_path_factory):
     (folder / "eval").mkdir()
     records = list(Phantoms("test", 200, bias=0, seed=7))
     (folder / "references.json").write_text(json.dumps({"annotations": [{"caption": r.text} for r in records]}))
-    (folder / "eval.json").write_text(json.dumps(evaluation(["bidpo-c2", "bidpo"])))
+    (folder / "eval.json").write_text(json.dumps(evaluation(["bidpo-strict", "bidpo"])))
     wording = MODALITIES["chest radiograph"]["effusion"].wordings[0].format(Size="Small", side="left")
-    for model in ("sft", "control", "bidpo-c2", "bidpo"):
+    for model in ("sft", "control", "bidpo-strict", "bidpo"):
         said = [{"caption": f"{r.text} {wording}" if model == "sft" else r.text} for r in records]
         (folder / f"eval/{model}.captions.json").write_text(json.dumps(said))
     return folder
@@ -127,13 +127,13 @@ def test_habits_count_stated_companions_by_trigger(evaluated):
     assert rows[-2].startswith("| all | ") and count(rows[-2], 2) == 2 * (alone + wrong)
     there = sum({"atrophy", "lesions"} <= {f.name for f in r.findings} for r in records)          # the pair without sides
     assert rows[-1].startswith(f"| {THERE} | ") and count(rows[-1], 1) == count(rows[-1], 3) >= 2 * there > 0
-    assert rows[0] == "| habit | cases | SFT | control | bidpo | bidpo-c2 |"
+    assert rows[0] == "| habit | cases | SFT | control | bidpo | bidpo-strict |"
     with pytest.raises(UserError, match=f"{re.escape(str(evaluated))} .*--seed 8"):
         compare.habits_table([evaluated], seed=8)
 
 
 def test_eval_prints_figures_and_of_folders_the_habits_too(evaluated, capsys):
-    figures = compare.figures_table([evaluation(["bidpo-c2", "bidpo"])] * 2)
+    figures = compare.figures_table([evaluation(["bidpo-strict", "bidpo"])] * 2)
     compare.main(["--eval", str(evaluated), str(evaluated)])
     assert capsys.readouterr().out == f"{figures}\n\n{compare.habits_table([evaluated, evaluated])}\n"
     compare.main(["--eval", str(evaluated), str(evaluated / "eval.json")])
@@ -162,10 +162,10 @@ def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys,
     written = tmp_path / "r/results/bias0.9-seed0.json"
     first, made = json.loads(written.read_text()), (folder / "control/model.safetensors").stat().st_mtime_ns
     assert (tmp_path / "runs/shared/reader").exists()
-    compare.write_results(written, first | {"bidpo-own": {}})                           # as if its folder were gone since
+    compare.write_results(written, first | {"bidpo-reading": {}})                           # as if its folder were gone since
     compare.main([*flags, "control", "dpo", "dpo-flip30"])
     second, whole = json.loads(written.read_text()), json.loads((folder / "eval.json").read_text())
-    assert second.keys() == whole.keys() - {"vqgan"} | {"dpo-flip30 minus dpo", "bidpo-own"}
+    assert second.keys() == whole.keys() - {"vqgan"} | {"dpo-flip30 minus dpo", "bidpo-reading"}
     assert second["control"] == first["control"]
     assert (folder / "control/model.safetensors").stat().st_mtime_ns == made
     assert second["dpo minus control"].items() <= whole["dpo minus control"].items()
@@ -180,7 +180,7 @@ def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys,
         compare.main([*flags, "control"])
     said = capsys.readouterr().out
     assert "| metric | sft | control | dpo |" in said and "| dpo-flip30 − dpo | " in said
-    assert Image.open(tmp_path / "r/compare.png").width == 1120
+    assert Image.open(tmp_path / "r/compare.png").width == 1200
 
 
 def test_a_table_of_nothing_is_refused(tmp_path):
