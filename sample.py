@@ -550,54 +550,66 @@ def worth_showing(bench, n):
     return (first + [i for i in order if i not in first])[:n]
 
 
-def write_coloured(pen, font, at, text, true, phrases):
-    """Write a report from `at` down; red: sentences that state findings other than `true`, a set of (name, side) or None."""
-    x, y = at
-    lines = [(line, sentence) for sentence in text.replace(". ", ".\n").split("\n") for line in textwrap.wrap(sentence, 42)]
-    for line, sentence in lines[:9]:
+TILE, COLUMN, LINE = 168, 236, 16            # pixels: an image, the column it stands in, a line of text
+
+
+class Column(NamedTuple):
+    """One column of a sheet: a title, and for each row an image, a text, and what the text may state, each where there is one."""
+
+    title: str
+    pixels: torch.Tensor | None          # (n, C, H, W) in [-1, 1]
+    texts: list                          # n strings
+    true: list                           # n sets of (name, side), or None where that is not known
+
+
+def coloured_lines(text, true, phrases):
+    """A text as lines (words, colour). Red: sentences that state what is not true; orange, last: true findings it misses."""
+    if not text:
+        return []
+    lines = []
+    for sentence in text.replace(". ", ".\n").split("\n"):
         wrong = true is not None and not names_and_sides(read_findings(sentence, phrases)) <= true
-        pen.text((x, y), line, COLOURS[1] if wrong else INK, font)
-        y += 14
+        lines += [(line, COLOURS[1] if wrong else INK) for line in textwrap.wrap(sentence, 33)]
+    missed = sorted((true or set()) - names_and_sides(read_findings(text, phrases)))
+    return lines + [(line, COLOURS[4]) for name, side in missed
+                    for line in textwrap.wrap("missed: " + f"{side} {name}".strip(), 33)]
 
 
-def lay_out(images, texts, true, phrases, size=128, width=270):
-    """A sheet of titled columns: images {title: (n, C, H, W)}, then texts {title: n strings}; true as write_coloured."""
-    left, n = size * len(images) + 8, len(true)
-    sheet = Image.new("RGB", (left + width * len(texts), 24 + n * (size + 8)), PALE)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for j, (title, column) in enumerate(images.items()):
-        pen.text((j * size + 4, 5), title, INK, font)
-        for i in range(n):
-            sheet.paste(tile(column[i], size - 4), (j * size + 2, 24 + i * (size + 8)))
-    for j, (title, column) in enumerate(texts.items()):
-        pen.text((left + j * width, 5), title, INK, font)
-        for i in range(n):
-            write_coloured(pen, font, (left + j * width, 24 + i * (size + 8)), column[i], true[i], phrases)
+def lay_out(columns, phrases):
+    """A sheet of columns: in each row the images, the texts below."""
+    n, font, title = max(len(c.texts) for c in columns), ImageFont.load_default(13), ImageFont.load_default(15)
+    cells = [[coloured_lines(text, true, phrases) for text, true in zip(c.texts, c.true)] for c in columns]
+    heights = [TILE + 14 + LINE * max(len(column[i]) for column in cells) for i in range(n)]
+    sheet = Image.new("RGB", (COLUMN * len(columns), 26 + sum(heights)), PALE)
+    pen = ImageDraw.Draw(sheet)
+    for x, column, lines in zip(range(4, sheet.width, COLUMN), columns, cells):
+        pen.text((x, 5), column.title, INK, title)
+        for i, y in enumerate(np.cumsum([26, *heights[:-1]]).tolist()):
+            if column.pixels is not None:
+                sheet.paste(tile(column.pixels[i], TILE), (x, y))
+                y += TILE + 3
+            for k, (words, colour) in enumerate(lines[i]):
+                pen.text((x, y + LINE * k), words, colour, font)
     return sheet
 
 
-def contact_sheet(loaded, vqgan, bench, autocast, rows=6):
-    """Test images, their reconstruction, what each model draws for the true report and reports of the image.
-
-    Sentences that state a finding the image does not show are red."""
+def contact_sheet(loaded, vqgan, bench, autocast, rows=3):
+    """Test images with their true reports, and of each model what it draws for that report and what it reports of the image."""
     shown = worth_showing(bench, min(rows, len(bench.records)))
     records, codes = [bench.records[i] for i in shown], bench.codes[shown]
     decoded = vqgan.decode(torch.as_tensor(codes, device=bench.pixels.device).long())
-    images = {"image": bench.pixels[shown], "from its codes": decoded}
-    texts = {"true report": [r.text for r in records]}
+    texts, nothing = [r.text for r in records], [""] * len(records)
+    true = [None if r.findings is None else names_and_sides(r.findings) for r in records]
+    columns = [Column("image, true report", bench.pixels[shown], texts, true), Column("from its codes", decoded, nothing, true)]
     with autocast():
         for name, (model, vocab) in loaded.items():
-            images[f"drawn: {name}"] = draw_images(model, vocab, vqgan, texts["true report"], bench.cfg.guidance,
-                                                   **decoding_of(bench.cfg, bench.cfg.temperature))
-            texts[f"report: {name}"] = write_reports(model, vocab, list(codes))
-    true = [None if r.findings is None else names_and_sides(r.findings) for r in records]
-    return lay_out(images, texts, true, bench.phrases)
+            drawn = draw_images(model, vocab, vqgan, texts, bench.cfg.guidance, **decoding_of(bench.cfg, bench.cfg.temperature))
+            columns.append(Column(f"{name}: draws, reports", drawn, write_reports(model, vocab, list(codes)), true))
+    return lay_out(columns, bench.phrases)
 
 
-def pair_sheet(model, vqgan, bench, rows=6):
-    """Pairs of out/pairs: genuine and distorted image, true report and what the SFT model wrote; [] if of another one.
-
-    Sentences that state a finding which the true report does not are red."""
+def pair_sheet(model, vqgan, bench, rows=3):
+    """Pairs of out/pairs: the genuine study, its twin, and what the SFT model wrote; [] if of another SFT model."""
     folder = Path(bench.cfg.out) / "pairs"
     recipe = read_json(folder / "config.json")
     is_of_model = isinstance(recipe, dict) and recipe.get("sft") == weights_hash(model)
@@ -606,12 +618,14 @@ def pair_sheet(model, vqgan, bench, rows=6):
         return []
     pairs = pairs[:rows]
     decode = lambda codes: vqgan.decode(torch.as_tensor(np.stack(codes), device=bench.pixels.device).long())
-    images = {"genuine": decode([p.codes for p in pairs]), "distorted": decode([p.distorted for p in pairs])}
-    shown = {"distorted": "the distorted image", "own": "the genuine image", "scrambled": "it scrambled",
-             "no-question": "no question"}
-    texts = {"chosen: true report": [p.chosen for p in pairs]} | {
-        f"SFT's report, shown {shown[w]}": [p.reports[w] for p in pairs] for w in pairs[0].reports}
-    return [lay_out(images, texts, [names_and_sides(read_findings(p.chosen, bench.phrases)) for p in pairs], bench.phrases)]
+    ask = lambda texts, k: [f"{text} {p.question} {p.answers[k]}".strip() for text, p in zip(texts, pairs)]
+    chosen, twin, unknown = [p.chosen for p in pairs], [p.twin_text for p in pairs], [None] * len(pairs)
+    true = [names_and_sides(read_findings(text, bench.phrases)) for text in chosen]
+    shown = {"distorted": "the twin", "own": "the image", "scrambled": "it scrambled", "no-question": "no question"}
+    columns = [Column("genuine study of a pair", decode([p.codes for p in pairs]), ask(chosen, 0), unknown),
+               Column("its twin", decode([p.distorted for p in pairs]), ask(twin, 1), unknown),
+               *(Column(f"sft, shown {shown[w]}:", None, [p.reports[w] for p in pairs], true) for w in pairs[0].reports)]
+    return [lay_out(columns, bench.phrases)]
 
 
 def stack_sheets(sheets):

@@ -371,18 +371,31 @@ def test_the_sheet_of_pairs_shows_those_of_this_sft_model(trained):
     model, vqgan = GPT.from_pretrained(trained / "sft"), VQGAN.from_pretrained(trained / "vqgan")
     bench = SimpleNamespace(cfg=sample.SampleConfig(out=str(trained)), pixels=torch.zeros(1), phrases=PHRASES)
     sheet, = sample.pair_sheet(model, vqgan, bench)
-    assert sheet.size == (2 * 128 + 8 + 2 * 270, 24 + 6 * 136)            # two images, the true and the rejected report
+    assert sheet.width == 3 * sample.COLUMN and sheet.height > 26 + 3 * sample.TILE          # a study, its twin, a rejected report
     with torch.no_grad():
         model.model.norm.weight.add_(0.1)
     assert sample.pair_sheet(model, vqgan, bench) == []
 
 
-def test_only_sentences_that_state_what_is_not_there_are_red():
-    """One that states nothing is not; where nothing is known of the image none is."""
-    sheet = lambda text, true: np.array(sample.lay_out({}, {"report": [text]}, [true], PHRASES))
-    red = lambda text, true={("cardiomegaly", "")}: (sheet(text, true) == sample.COLOURS[1]).all(-1).sum()
-    assert red("Enlarged heart. Left effusion.") == red("Left effusion.") > 0
-    assert red("Enlarged heart. No effusion.") == red("Left effusion.", None) == 0
+def test_what_is_not_there_is_red_and_what_is_missed_is_named():
+    """A sentence that states nothing is not red; where nothing is known of the image no sentence is, and none is missed."""
+    red, orange = sample.COLOURS[1], sample.COLOURS[4]
+    lines = lambda text, true: sample.coloured_lines(text, true, PHRASES)
+    true = {("cardiomegaly", "")}
+    assert lines("Enlarged heart. Left effusion.", true) == [("Enlarged heart.", sample.INK), ("Left effusion.", red)]
+    assert lines("No effusion.", true | {("effusion", "left")}) == [
+        ("No effusion.", sample.INK), ("missed: cardiomegaly", orange), ("missed: left effusion", orange)]
+    assert lines("Left effusion.", None) == [("Left effusion.", sample.INK)] and lines("", true) == []
+
+
+def test_a_sheet_has_its_texts_below_its_images():
+    black = sample.Column("a", -torch.ones(1, 1, 8, 8), ["Left effusion."], [set()])
+    pixels = np.array(sample.lay_out([black, black._replace(pixels=None)], PHRASES))
+    assert (pixels[30:26 + sample.TILE, 10:4 + sample.TILE] == 0).all()
+    red = (pixels == sample.COLOURS[1]).all(-1)
+    ys, xs = np.nonzero(red)
+    left = xs < sample.COLUMN
+    assert ys[left].min() >= 26 + sample.TILE and 26 <= ys[~left].min() < 26 + sample.LINE and left.any() and not left.all()
 
 
 # One's own images
