@@ -64,7 +64,7 @@ class Sheet:
 
 def a_study(size):
     """A chest radiograph with an enlarged heart and an effusion, its twin without the effusion, and both reports."""
-    records = Phantoms("test", 4000, bias=0, size=size)
+    records = Phantoms("test", 40_000, bias=0, size=size)
     for index, record in enumerate(records):
         if names_and_sides(record.findings) == {("cardiomegaly", ""), ("effusion", "left")}:
             twin = distort(records, index, "remove", 0, np.random.default_rng(index))
