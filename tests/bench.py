@@ -30,7 +30,12 @@ from model import (GPT, GPTConfig, UserError, generate, init_run, make_optimizer
 from sft import SFTConfig, Study, Vocabulary, collate, encode_records, make_batch  # noqa: E402
 from vqgan import VQGAN, VectorQuantizer, VQGANConfig  # noqa: E402
 
+SHAPE = {}                       # of the GPT, as --shape says
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = {"small": {}, "100M": dict(hidden_size=768, intermediate_size=2304, num_hidden_layers=12, num_attention_heads=12,
+                                    num_key_value_heads=4),
+          "400M": dict(hidden_size=1280, intermediate_size=3840, num_hidden_layers=20, num_attention_heads=20,
+                       num_key_value_heads=5)}
 SHARES = {"report": 0.30, "generate": 0.40, "ask": 0.18, "segment": 0.12}
 
 
@@ -52,10 +57,10 @@ def seconds(work, repeats):
     return {name: sorted(t[1:])[(len(t) - 1) // 2] for name, t in times.items()}
 
 
-def gpt_of(**shape):
-    """A GPT of `small`, and transformers' Qwen3 with the same weights, or None where it is not installed."""
+def gpt_of():
+    """A GPT of --shape, and transformers' Qwen3 with the same weights, or None where it is not installed."""
     torch.manual_seed(0)
-    gpt, peer = GPT(GPTConfig(1317, pad_token_id=804, eos_token_id=800, **shape)).to(DEVICE), None
+    gpt, peer = GPT(GPTConfig(1317, pad_token_id=804, eos_token_id=800, **SHAPE)).to(DEVICE), None
     if have("transformers"):
         from transformers import AutoModelForCausalLM
         folder = tempfile.mkdtemp()                 # stays: TRL reads its reference from there
@@ -315,9 +320,11 @@ def main():
     """The rows named, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help=", ".join([*WORK, "growth"]))
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="of the GPT: the preset small, or about so many parameters")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", default="")
     args = parser.parse_args()
+    SHAPE.update(SHAPES[args.shape])
     rows = []
     for name in args.what or WORK:
         if name == "growth":
@@ -340,7 +347,7 @@ def main():
           f"peak memory of this process {peak:.2f} GB")
     if args.json:
         versions = {p: importlib.import_module(p).__version__ for p in ("transformers", "trl") if have(p)}
-        Path(args.json).write_text(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "device": DEVICE,
+        Path(args.json).write_text(json.dumps({"shape": args.shape, "threads": torch.get_num_threads(), "torch": torch.__version__, "device": DEVICE,
                                                "versions": versions, "rows": rows}, indent=1) + "\n")
 
 
