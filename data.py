@@ -153,7 +153,7 @@ NORMAL = {"chest radiograph": ("Normal chest radiograph.", "Clear lungs, normal 
           "brain MRI": ("Normal brain MRI.", "Unremarkable brain.")}
 OPENING = {"chest radiograph": ("Chest radiograph.", "Frontal chest radiograph."),
            "head CT": ("Head CT.", "Axial head CT."), "brain MRI": ("Brain MRI.", "Axial brain MRI.")}
-FINDING_RATE = 0.22        # each finding of a modality, independently; about 28 % of studies are normal
+FINDING_RATE = 0.22        # each finding of a modality, independently; about 29 % of studies are normal
 
 
 def opposite(side):
@@ -208,8 +208,11 @@ def draw(spec, size=64):
     return (np.clip(image, 0, 1) * 255).astype(np.uint8), canvas.masks
 
 
-def write_report(spec):
-    """The report: opening, findings (or 'normal'), sometimes a negated sentence."""
+def write_report(spec, before=None):
+    """The report: opening, findings (or 'normal'), sometimes a negated sentence.
+
+    `before` is the Spec that this one is redrawn from: what was denied there is denied here too, where it still holds, so
+    that both reports differ in the changed finding alone."""
     r = spec.rng("report")
     choose = lambda options: options[r.integers(len(options))]
     kinds = MODALITIES[spec.modality]
@@ -219,13 +222,16 @@ def write_report(spec):
         wording = spec.rng("wording", f.name).choice(kinds[f.name].wordings)
         words = {k: getattr(f, k) for k in ("side", "size", "place")}
         sentences.append(wording.format(**words, Side=f.side.capitalize(), Size=f.size.capitalize()))
-    absent = [k.noun for name, k in kinds.items() if name not in {f.name for f in spec.findings}]
+    stated, stated_before = ({f.name for f in s.findings} for s in (spec, before or spec))
+    absent = [name for name in kinds if name not in stated_before]
     r.shuffle(absent)
+    denied = []
+    if stated_before and r.random() < 0.4 and absent:
+        denied = absent[:1 if len(absent) == 1 or r.random() < 0.5 else 2]
     if not sentences:
         sentences = [choose(NORMAL[spec.modality])]
-    elif r.random() < 0.4 and absent:
-        sentences.append(f"No {absent[0]}." if len(absent) == 1 or r.random() < 0.5 else
-                         f"No {absent[0]} or {absent[1]}.")
+    elif denied := [kinds[name].noun for name in denied if name not in stated]:
+        sentences.append(f"No {' or '.join(denied)}.")
     return " ".join([opening, *sentences])
 
 
@@ -426,7 +432,7 @@ def distort(records, index, kind, strength, rng, region=None):
         for change in (kind, "add"):
             if spec := redraw(record.spec, change, rng):
                 image, _ = draw(spec, record.image.shape[0])
-                return Twin(image, change, write_report(spec), *ask_difference(record.spec, spec, rng))
+                return Twin(image, change, write_report(spec, record.spec), *ask_difference(record.spec, spec, rng))
     name, mask = finding_mask(record, rng) if kind in ("remove", "region-noise") else ("", None)
     if kind == "remove" and mask is not None:
         return Twin(erase(record.image, mask), kind, "", *ask_removed(record, name))

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image, ImageFilter
 
 import data
-from data import (BODY_PHRASES, COMPANIONS, DISTORTIONS, MODALITIES, MODALITY_PHRASES, PHRASES, PIXEL_DISTORTIONS, Finding,
-                  Phantoms, Record, Spec, add_noise, ask_both, ask_difference, ask_phantom, ask_removed, ask_whether,
-                  check_data, data_name, distort, draw, erase, flip, lexicon, match_findings, names_and_sides, open_data,
-                  phantom_record, phantom_spec, random_finding, read_findings, read_term, redraw, spread_indices,
-                  statement_of, write_report)
+from data import (BODY_PHRASES, COMPANIONS, DISTORTIONS, MODALITIES, MODALITY_PHRASES, PHRASES, PIXEL_DISTORTIONS,
+                  Finding, Phantoms, Record, Spec, add_noise, ask_both, ask_difference, ask_phantom, ask_removed,
+                  ask_whether, check_data, data_name, distort, draw, erase, flip, lexicon, match_findings, names_and_sides,
+                  open_data, phantom_record, phantom_spec, random_finding, read_findings, read_term, redraw,
+                  spread_indices, statement_of, write_report)
 from model import UserError
 
 SHARED = Path(data.__file__).resolve().parent.parent / "shared" / "data"
@@ -482,6 +482,20 @@ def test_noise_correlates_as_the_forward_process_says(t):
 def test_noise_at_step_one_moves_pixels_by_about_one_level():
     moved = add_noise(np.full((200, 200), 127, np.uint8), rng(), 1).astype(float) - 127
     assert abs(moved.std() - 0.01 * 127.5) < 0.1         # √(1 − ᾱ₁) = √1e-4 = 0.01 of half the range
+
+
+def test_a_twins_report_differs_from_the_genuine_one_in_the_changed_finding_alone():
+    """What the genuine report denies its twin denies too, but for a finding that was put in."""
+    records, denials = Phantoms("train", 300), 0
+    for index, record in enumerate(records):
+        twin = distort(records, index, ("remove", "add")[index % 2], 0, rng(index))
+        sentences = lambda text: {x.strip(". ") for x in text.split(". ")} - {x.strip(".") for x in data.NORMAL[record.spec.modality]}
+        one, two = sentences(record.text), sentences(twin.text)
+        denied, denied_there = ({x for x in stated if x.startswith("No ")} for stated in (one, two))
+        denials += len(denied & denied_there)
+        assert twin.kind != "remove" or denied_there in (denied, set())
+        assert twin.kind == "other" or len((one ^ two) - denied - denied_there) == 1, (record.text, twin.text)
+    assert denials > 30
 
 
 def test_flip_twice_is_the_identity_and_once_mirrors_columns():
