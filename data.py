@@ -4,10 +4,10 @@
     record = Phantoms("train", 16000, seed=0, bias=0.9)[17]
     record.image, record.text, record.findings, record.masks
 
-A phantom is a function of (seed, split, index): any record can be drawn again, and drawn again with one
-finding added, removed or mirrored while the patient stays the same. In the training split findings
-bring companions (`bias`): an enlarged heart a left effusion, as in reports whose habits a model
-learns. In validation and test they come independently, so what a model states out of habit is counted.
+For given flags a phantom depends on (seed, split, index) alone: any record can be drawn again, and drawn again with
+one finding added, removed or mirrored while the patient stays the same. In the training split some findings bring a
+companion (with probability `bias`), as an enlarged heart brings a left effusion; a model learns the habit. In validation
+and test findings are independent, so what habit alone states is counted.
 
 A side is always the patient's: the patient's left is the right of the image. Not for clinical use.
 
@@ -63,7 +63,7 @@ class Record:
 
 
 def names_and_sides(findings):
-    """What CHAIR, recall and F1 count of findings: the set of their (name, side)."""
+    """What all metrics compare of findings: the set of their (name, side)."""
     return {(f.name, f.side) for f in findings}
 
 
@@ -75,7 +75,8 @@ def same_statement(a, b):
 
 
 def match_findings(stated, true):
-    """Counts of one report: findings stated, true, right, hallucinated, on the wrong side; whether all is exact."""
+    """Counts of one report: findings stated, true, right, hallucinated (one on the wrong side too), on the wrong side; whether
+    all is exact."""
     stated, true = names_and_sides(stated), names_and_sides(true)
     missed = {name for name, side in true - stated if side}
     wrong_side = [name for name, side in stated - true if side and name in missed]
@@ -139,8 +140,8 @@ MODALITIES = {
                         ("white matter lesions",), "white matter lesions", countable=False, sides=NO_SIDE),
     },
 }
-# Trigger -> a function from it to the companion that it brings in training, with probability `bias`. Without the trigger
-# the companion has its usual, low rate: where the image leaves a doubt, habit is the better guess.
+# Trigger -> a function from it to the companion that it brings in training, with probability `bias`. Else the companion is
+# as rare as any finding (FINDING_RATE), so a model that doubts what it sees does well to state it: this is the habit.
 COMPANIONS = {
     "cardiomegaly": lambda f: Finding("effusion", "left", "small"),
     "pneumothorax": lambda f: Finding("nodule", opposite(f.side), "", "lower"),
@@ -386,7 +387,7 @@ def ask_difference(spec, twin, rng):
 
 
 def ask_removed(record, name):
-    """The record's own question after this finding, its answer, and the opposite; ("", ("", "")) if it has none."""
+    """The record's own question about this finding, its answer, and "No."; ("", ("", "")) if it has none."""
     named = phrase_pattern(PHRASES.get(name, (name.lower(),)))
     return next(((q, (a, "No.")) for q, a in record.questions if named.search(q.lower()) and a.lower().startswith("yes")),
                 ("", ("", "")))
@@ -422,9 +423,8 @@ def distort(records, index, kind, strength, rng, region=None):
     mirror: phantoms are drawn again with one finding taken out, put in or moved to the other side; a real
     image has a finding's mask filled (remove) or is flipped (mirror). other: the image of another record,
     one that states something else.
-    What a record cannot take falls back: a phantom's remove and mirror to add; a real image's add, and
-    its remove where no finding has a mask, to other. The Twin's kind tells; noise in the caller's region is
-    model-region-noise there."""
+    What is impossible is replaced, and Twin.kind names what was done: a phantom's remove or mirror by add; a real
+    image's add, and its remove without a finding's mask, by other. Noise in region(record) is model-region-noise."""
     record = records[index]
     if kind in PIXEL_DISTORTIONS:
         return Twin(PIXEL_DISTORTIONS[kind](record.image, rng, strength), kind)

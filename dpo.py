@@ -4,40 +4,40 @@
     python dpo.py --objective mdpo         # another published objective, to out/mdpo
     python dpo.py --objective sft          # the control, out/control: same steps, same chosen sequences, plain SFT
 
-One pair is a genuine study, image m and report y, and its distorted twin m' with what belongs to it: a report y', and for a
-question q that the two answer differently the answers a and a'. The twin only ever stands on the rejected side. With the reward
-r(y|x) = β·(log π_θ(y|x) − log π_ref(y|x)) the terms are −log σ of a chosen reward less a rejected one (DPO, arXiv:2305.18290):
+One pair is a genuine study, image m and report y, and its distorted twin m' with its own report y', and with the answers a
+and a' of the two to a question q that tells them apart; y_l is what the SFT model writes when shown m'. The twin only ever
+stands on the rejected side. With the reward r(y|x) = β·(log π_θ(y|x) − log π_ref(y|x)) the terms are −log σ of a chosen reward
+less a rejected one (DPO, arXiv:2305.18290; on the right the two have different prompts, which DPO's derivation does not cover):
 
                   the response is the twin's            the condition is the twin's
     reading       text      r(y|m) − r(y_l|m)           text_given    r(y|m) − r(y|m')        (CoPO, arXiv:2406.11839)
     drawing       image     r(m|y) − r(m'|y)            image_given   r(m|y) − r(m|y')
     answering     answer    r(a|q,m) − r(a'|q,m)        answer_given  r(a|q,m) − r(a|q,m')
 
-y_l is, as a rule, what the SFT model writes when shown m'. Of several m' (--candidates) the one is taken to which the SFT model
-still gives y most readily: a hard pair. Further terms are
+Of several m' (--candidates) the one is taken given which the SFT model finds y likeliest: a hard pair. Further terms are
 
-    anchor        −log σ(r(chosen) − δ)           what is chosen must not become less likely (AncPO, arXiv:2406.11839)
-    language      (1 − σ(r(y|m) − r(y_l|m))^q)/q  y_l written with the image's content gone (NaPO, arXiv:2503.17928)
-    vision        the same                        y_l written without the question
-    mask          −log σ(r(mask|m) − r(other mask|m))   two masks the SFT model drew, ranked by a judge
+    anchor        −log σ(r(chosen) − δ)    what is chosen must not become less likely (AncPO, arXiv:2406.11839)
+    language      (1 − σ(margin)^q)/q      as text, y_l written of a scrambled image; q is the batch's (NaPO, arXiv:2503.17928)
+    vision        the same                 y_l written without the question
+    mask          −log σ(margin)           two masks that the SFT model drew, ranked by a judge
 
 and the objectives are sums of them, each term with its weight λ:
 
     dpo     text
     mdpo    text + text_given + anchor
-    mfpo    text + text_given + anchor, from easy pairs to hard (arXiv:2410.15334): on the same pairs, mdpo and
-            a curriculum; its other half is the data, m' distorted in the key region alone
+    mfpo    mdpo's sum, from easy pairs to hard (arXiv:2410.15334); the paper also distorts m' in the key region alone,
+            which is --distort region-noise
     napo    text + language + vision
     rndpo   mask + image, margins over the codes alone in which the two differ, per code (arXiv:2601.23222)
-    bidpo   all six contrasts + anchor
+    bidpo   the six of the table + anchor
     sft     none: the control
 
-To every one the loop adds λ_s · NLL(chosen) + λ_r · NLL(rehearsal): plain SFT on the chosen report, image and (bidpo and the
-control) answer, and on questions, masks and emptied prompts, which pairs would let fade. bidpo follows the abstract of doi
-10.1109/JBHI.2026.3707092, all of it that is public: text and image are the abstract's, the others ours (weights of 0 for
+To every one the loop adds λ_s · NLL(chosen) + λ_r · NLL(rehearsal), per token: plain SFT on the chosen report, image and
+(bidpo and the control) answer, and on questions, masks and emptied prompts, which pairs would let fade. Of bidpo's paper, doi
+10.1109/JBHI.2026.3707092, only the abstract is public: text and image follow it, the others are ours (weights of 0 for
 them: the strict reading). rndpo is our reading of an abstract.
 
-The lesson, in order: contrasts and objectives, as pure functions; pairs; pairs as sequences, and their
+The lesson, in order: a pair, contrasts and objectives, as pure functions; building pairs; pairs as sequences, and their
 log-probabilities; training. For consultation: key region, entropy, mask proposals; pairs on disk.
 
 A healthy log starts with every −log σ term at 0.6931 (log 2: policy == reference; bidpo's anchor at twice that,
@@ -88,11 +88,11 @@ class DPOConfig(TuneConfig):
                           "distorted image, the genuine one (own: its own errors), the genuine one's codes scrambled, or "
                           "no-question", choices=("distorted", "own", "scrambled", "no-question"))
     pair_temperature: float = arg(1.0, "temperature of the SFT model's reports and masks")
-    flip_pairs: float = arg(0.0, "share of pairs whose responses are compared the wrong way round, as noisy data have them; NLL, "
-                            "anchor and drawings stay as they are", most=1)
-    curriculum: str = arg("", "order of three thirds of the pairs, each with a learning-rate schedule of its own: easy-first or "
-                          "hard-first, by semantic entropy, or shuffled; empty: all at once (mfpo: easy-first)",
-                          choices=("", "easy-first", "hard-first", "shuffled"))
+    flip_pairs: float = arg(0.0, "share of pairs whose two reports or masks are compared the wrong way round, as in noisy data "
+                            "(and so logged); all other terms stay as they are", most=1)
+    curriculum: str = arg("none", "order of three thirds of the pairs, each with a learning-rate schedule of its own: easy-first or "
+                          "hard-first, by semantic entropy, or shuffled; none: all at once (mfpo: easy-first)",
+                          choices=("none", "easy-first", "hard-first", "shuffled"))
     entropy_samples: int = arg(5, "reports sampled for the semantic entropy of an image")
     proposals: int = arg(4, "rndpo: masks that the SFT model draws of one structure; the judge ranks them by their "
                          "Dice with each other", least=2)
@@ -138,9 +138,35 @@ OBJECTIVE_DEFAULTS = {"bidpo": {}, "dpo": PUBLISHED, "mdpo": PUBLISHED | dict(an
                       "sft": dict(sft_weight=1.0, rehearsal_weight=1.0)}
 
 
-# ---- The lesson: contrasts, and objectives as pure functions of them -----------------------------
+# ---- The lesson: a pair, its contrasts, and objectives as pure functions of them -----------------
 
-# sequence of a pair p: the task, what the model is shown, and the response that is scored given it
+@dataclass
+class Pair:
+    """One genuine study against its distorted twin, and what the SFT model makes of it."""
+
+    index: int                   # the record in the training split
+    name: str                    # and its name
+    kind: str                    # the distortion
+    codes: np.ndarray            # (N,) genuine image
+    distorted: np.ndarray        # (N,) distorted image
+    chosen: str                  # the genuine report (the chosen image is `codes`)
+    twin_text: str = ""          # the twin's own report; where it has none, what the SFT model writes of its image
+    question: str = ""           # one that the two answer differently; "" where none is known
+    answers: tuple = ("", "")    # the genuine study's answer and the twin's
+    reports: dict = field(default_factory=dict)     # writer -> what the SFT model wrote (WRITERS)
+    entropy: float | None = None            # semantic entropy of its reports on the genuine image, in nats
+    structure: str = ""          # of the proposals; "" where the record has no masks
+    proposals: np.ndarray | None = None     # (k, N) masks of the structure that the SFT model drew
+    scores: np.ndarray | None = None        # (2, k) their Dice with each other, which ranks them, and with the true mask,
+                                            # which shows whoever reads the file how well it does
+    # what one run takes of all this (set_responses)
+    wording: int = 0             # which of the three ways to ask
+    rejected: str = ""           # the rejected report
+    masks: tuple = ()            # chosen and rejected codes
+
+
+# sequence of a pair p: the task, what the model is shown, and the response that is scored given it. X_given: response X, and
+# the twin's side is what is shown
 SEQUENCES = {"text_chosen": lambda p: ("report", p.codes, p.chosen),
              "text_rejected": lambda p: ("report", p.codes, p.rejected),
              "text_language": lambda p: ("report", p.codes, p.reports["scrambled"]),
@@ -160,6 +186,9 @@ CONTRASTS = {"text": ("text_chosen", "text_rejected"), "text_given": ("text_chos
              "answer": ("answer_chosen", "answer_rejected"), "answer_given": ("answer_chosen", "answer_given"),
              "language": ("text_chosen", "text_language"), "vision": ("text_chosen", "text_vision"),
              "mask": ("mask_chosen", "mask_rejected")}
+# image or mask: the one it is compared with, code by code
+COMPARED_WITH = {"image_chosen": "image_rejected", "image_rejected": "image_chosen",
+                 "mask_chosen": "mask_rejected", "mask_rejected": "mask_chosen"}
 BOTH_WAYS = ("text", "text_given", "image", "image_given", "answer", "answer_given")
 CHOSEN = ("text_chosen", "image_chosen")      # what the NLL is taken of, for every objective and the control; see chosen_of
 
@@ -180,8 +209,8 @@ class Contrast(NamedTuple):
     """How much a batch of pairs prefers the chosen to the rejected sequence, (B,) each."""
 
     margin: torch.Tensor         # r(chosen) − r(rejected), r = β·(log π_θ − log π_ref); with cfg.normalise over Ω, per code
-    mean_margin: torch.Tensor    # the same of means per token and without β; NaPO's q follows it
-    keep: torch.Tensor           # 1 where the two differ, so that the pair counts, else 0; −1: --flip-pairs swapped them
+    mean_margin: torch.Tensor    # the margin per token and without β, for noise_q
+    keep: torch.Tensor           # 1 where the two differ, so that the pair counts, else 0
 
 
 def make_contrast(name, ratios, keep, cfg):
@@ -218,7 +247,7 @@ def masked_mean(values, keep):
 
 
 def noise_q(contrast, cfg):
-    """NaPO's q of a batch: mean margins near 0 mean noise, a high q and so a bounded loss. No gradient passes."""
+    """NaPO's q of a batch: margins near 0 suggest noise, so q nears 1, a bounded loss. No gradient passes."""
     mean = masked_mean(contrast.mean_margin, contrast.keep).detach()
     return (2 * (1 - torch.sigmoid(cfg.napo_alpha * mean))).clamp(cfg.q_min, cfg.q_max)
 
@@ -295,32 +324,7 @@ def objective_loss(ratios, keep, cfg):
 # ---- The lesson: pairs, built once, in out/pairs, for every objective ----------------------------
 
 
-# build_pairs -> least_noticed, with --candidates -> reports of the SFT model (add_missing) -> set_responses -> pairs_that_count
-
-
-@dataclass
-class Pair:
-    """One genuine study against its distorted twin, and what the SFT model makes of it."""
-
-    index: int                   # the record in the training split
-    name: str                    # and its name
-    kind: str                    # the distortion
-    codes: np.ndarray            # (N,) genuine image
-    distorted: np.ndarray        # (N,) distorted image
-    chosen: str                  # the genuine report
-    twin_text: str = ""          # the twin's own report; where it has none, what the SFT model writes of its image
-    question: str = ""           # one that the two answer differently; "" where none is known
-    answers: tuple = ("", "")    # the genuine study's answer and the twin's
-    reports: dict = field(default_factory=dict)     # writer -> what the SFT model wrote (WRITERS)
-    entropy: float | None = None            # semantic entropy of its reports on the genuine image, in nats
-    structure: str = ""          # of the proposals; "" where the record has no masks
-    proposals: np.ndarray | None = None     # (k, N) masks of the structure that the SFT model drew
-    scores: np.ndarray | None = None        # (2, k) their Dice with each other, which ranks them, and with the true mask,
-                                            # which shows whoever reads the file how well it does
-    # what one run takes of all this (set_responses)
-    wording: int = 0             # which of the three ways to ask
-    rejected: str = ""           # the rejected report
-    masks: tuple = ()            # chosen and rejected codes
+# load_or_build_pairs: build_pairs -> least_noticed -> add_questions -> add_missing; then train: set_responses -> pairs_that_count
 
 
 def scrambled(pair):
@@ -373,7 +377,7 @@ def build_pairs(records, studies, cfg, vqgan, region, autocast):
     order = np.random.default_rng([cfg.seed, 4]).permutation(len(records))[:cfg.pairs]
     batches = [order[i:i + 256] for i in range(0, len(order), 256)]
     parts, causes = zip(*share_out(draft, batches, "building pairs"))
-    pairs, dropped = sum(parts, []), sum(causes, Counter())            # which leaves out causes that count 0
+    pairs, dropped = sum(parts, []), sum(causes, Counter())            # adding Counters drops causes of count 0
     counts = ", ".join(f"{c} {why}" for why, c in dropped.items())
     if not pairs:
         raise UserError(f"no usable preference pair: dropped {counts or 'nothing, there are no records'}; try another "
@@ -389,10 +393,9 @@ def count_kinds(pairs):
 
 
 def least_noticed(pairs, logps):
-    """Of a record's pairs the one with the greatest log π(y_w|m'), where the SFT model hardly notices the distortion.
+    """Of each record's pairs the one with the greatest log π(y|m'): a hard negative (our choice, after arXiv:2010.04592).
 
-    There it follows habit (what the report states is gone, and it still seems to fit), or the change is hard to see.
-    Our choice, after the hard negatives of contrastive learning (arXiv:2010.04592). logps: (n,)."""
+    There the SFT model still believes the report of the twin, from habit or because the change is hard to see. logps: (n,)."""
     best = {}
     for pair, logp in zip(pairs, logps.tolist()):
         if pair.index not in best or logp > best[pair.index][0]:
@@ -414,15 +417,15 @@ def set_responses(pairs, cfg):
         pair.wording = int(np.random.default_rng([cfg.seed, 6, i]).integers(3))
         pair.rejected = pair.reports[cfg.rejected[i % len(cfg.rejected)]]
         pair.twin_text = pair.twin_text or pair.reports["distorted"]
-        pair.masks = (pair.codes, pair.codes)       # without masks to compare, a row that counts for no contrast of masks
+        pair.masks = (pair.codes, pair.codes)       # placeholder without masks: equal, so pairs_that_count drops it
         if pair.structure:
             rng = np.random.default_rng([cfg.seed, 11, i])
             pair.masks = tuple(pair.proposals[k] for k in rank_proposals(pair.scores[0], cfg.mining, cfg.judge_noise, rng))
 
 
 def pairs_that_count(pairs, cfg, phrases):
-    """Which pairs count, {contrast: (n,) of 1 or 0}: those whose two sides state something else, or differ in a code. −1 where
-    one of cfg.flip_pairs has its two reports or masks compared the wrong way round.
+    """Which pairs count, {contrast: (n,)}: 1 where the two sides state different findings (images, masks: differ in a code),
+    else 0; −1 where --flip-pairs compares its two reports or masks the wrong way round.
 
     Raises UserError for a contrast without any such pair; answers alone may be wanting, as not all data ask."""
     states = lambda text: statement_of(text, phrases)
@@ -445,11 +448,6 @@ def pairs_that_count(pairs, cfg, phrases):
 
 
 # ---- The lesson: pairs as sequences, and their log-probabilities ---------------------------------
-
-# image or mask: the one it is compared with, code by code
-COMPARED_WITH = {"image_chosen": "image_rejected", "image_rejected": "image_chosen",
-                 "mask_chosen": "mask_rejected", "mask_rejected": "mask_chosen"}
-
 
 def pair_example(pair, sequence, vocab):
     """(prompt ids, response ids) of one of the SEQUENCES of a pair."""
@@ -519,7 +517,7 @@ def rehearsal_batch(studies, cfg, vocab, step, device):
 def pick_pairs(pairs, cfg, step):
     """Indices of a step's pairs; with --curriculum from the third of the pairs whose turn it is."""
     pool = np.arange(len(pairs))
-    if cfg.curriculum:
+    if cfg.curriculum != "none":
         easy_first = np.argsort([p.entropy for p in pairs], kind="stable")
         order = {"easy-first": easy_first, "hard-first": easy_first[::-1],
                  "shuffled": np.random.default_rng([cfg.seed, 13]).permutation(easy_first)}[cfg.curriculum]
@@ -530,7 +528,7 @@ def pick_pairs(pairs, cfg, step):
 
 def schedule(cfg, step):
     """(step, steps) of the learning rate's schedule: those of the run; with --curriculum those of the third."""
-    if not cfg.curriculum:
+    if cfg.curriculum == "none":
         return step, cfg.steps
     start, end = (-(-cfg.steps * third // 3) for third in (3 * step // cfg.steps, 3 * step // cfg.steps + 1))
     return step - start, end - start
@@ -575,7 +573,7 @@ def train(cfg):
     """Optimise the SFT model on preference pairs (or on their chosen sequences) and write out/NAME."""
     name = check_flags(cfg)
     device, autocast = init_run(cfg)
-    check_resume(cfg, name)                                  # before pairs are built, which begin_stage comes after
+    check_resume(cfg, name)                                  # fail before the slow part, not at begin_stage
     model, vocab, vqgan = load_sft(cfg, device)
     data = open_data(cfg)
     phrases, sequences = lexicon(data["train"]), sequences_of(cfg)
@@ -768,7 +766,7 @@ def add_missing(pairs, cfg, records, phrases, model, vocab, vqgan):
     for writer in sorted(writers):
         for pair, text in zip(pairs, sample_reports(pairs, writer, model, vocab, cfg, cfg.seed)):
             pair.reports[writer] = text
-    needs_entropy = cfg.curriculum and pairs[0].entropy is None
+    needs_entropy = cfg.curriculum != "none" and pairs[0].entropy is None
     if needs_entropy:
         add_entropy(pairs, model, vocab, cfg, phrases)
     needs_masks = "mask" in contrasts and not any(p.structure for p in pairs)

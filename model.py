@@ -91,7 +91,7 @@ def rotary(positions, head_dim, theta):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i+D/2}) of x (B, nh, T, D) by its position's angle."""
+    """Turn each pair (x_i, x_{i+D/2}) of x (..., D) by its position's angle; cos and sin broadcast to x."""
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
@@ -112,7 +112,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x, cos, sin):
-        """x (B, T, hidden_size); cos, sin (1, 1, T, head_dim). A position looks at itself and what stands before it."""
+        """x (B, T, hidden_size); cos, sin (1, 1, T, head_dim). Causal: a position attends to itself and earlier ones."""
         B, T, _ = x.shape
         heads = lambda y: y.view(B, T, -1, self.head_dim)                     # (B, T, nh, D)
         q = rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), cos, sin)   # (B, nh, T, D)
@@ -182,7 +182,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.recompute = False        # training: keep no activations, compute those of a few rows at a time once more
+        self.recompute = False        # training: drop activations; the backward pass computes them again
         self.model = Backbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -204,7 +204,7 @@ class GPT(nn.Module):
         return self.head(self.model(ids))
 
     def tables(self):
-        """The layers with a row a token, by name: the embedding, and the head where it is not the same matrix."""
+        """The layers with a row per token, by name: the embedding, and the head where it is not the same matrix."""
         names = ["model.embed_tokens"] + ([] if self.config.tie_word_embeddings else ["lm_head"])
         return {name: self.get_submodule(name) for name in names}
 
@@ -259,7 +259,7 @@ class GPT(nn.Module):
         return load_weights(lambda: cls(config), tensors, folder).to(device)
 
 
-MOST_LOGITS = 2 ** 25       # at once, 128 MB; what a large vocabulary has more of is computed again in the backward pass
+MOST_LOGITS = 2 ** 25       # held at once (128 MB); of more, pieces are computed again in the backward pass
 
 
 def token_logps(model, h, targets):
@@ -268,8 +268,8 @@ def token_logps(model, h, targets):
 
 
 def response_logps(model, ids, labels):
-    """Log-probabilities (n,) of the n response tokens of ids (B, T), row after row, and where they stand: (row, place)."""
-    b, t = (labels[:, 1:] != -100).nonzero(as_tuple=True)          # place t says what the token at t + 1 is
+    """Log-probabilities (n,) of the n response tokens of ids (B, T), and the rows b and positions t that predict them."""
+    b, t = (labels[:, 1:] != -100).nonzero(as_tuple=True)          # position t predicts token t + 1
     h, targets = model.model(ids)[b, t], labels[b, t + 1]           # (n, hidden_size)
     n = max(1, MOST_LOGITS // model.config.vocab_size)
     if len(h) <= n:
@@ -303,11 +303,11 @@ def sequence_logps(model, ids, labels):
     return per_token_logps(model, ids, labels).sum(dim=1)
 
 
-class Decoder:
-    """The same model for sampling: it keeps keys and values of all that was read, and answers for the next token alone.
+class CachedGPT:
+    """The GPT for sampling: it keeps the keys and values of all that was read, and answers for the next token alone.
 
-    With few rows a step costs as many operations as it has, whatever their size, so the weights are merged: q, k and v
-    in one product, gate and up in one. Rows are padded on the left, so that all go on at the same place."""
+    On few rows a step takes as long as it has operations, whatever their size, so q, k and v are merged into one product,
+    gate and up into another. Prompts are padded on the left, so that all rows go on at one index."""
 
     def __init__(self, model, prompts, max_new_tokens, allowed):
         """prompts: lists of ids; allowed (low, high): the ids whose logits are computed. On CPUs float32, which is
@@ -391,12 +391,12 @@ def sample_token(logits, temperature, top_k, top_p, generator):
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, allowed, stop_id=None, temperature=1.0, top_k=0, top_p=1.0,
              guidance=1.0, unconditional=None, seed=0, batch_size=256):
-    """Continue prompts of different lengths; returns one list of new ids a prompt.
+    """Continue prompts of different lengths; returns one list of new ids per prompt.
 
     prompts: lists of ids. allowed (low, high): only ids in low..high-1 are ever drawn, which is how an
     image position holds an image code and a text position text. stop_id ends a row and is not
     returned; without it every row gets exactly max_new_tokens. guidance s with `unconditional` (one
-    emptied prompt a row) draws from uncond + s·(cond − uncond) (arXiv:2207.12598). Same seed, same result."""
+    emptied prompt a row) draws from uncond + s·(cond − uncond) (arXiv:2207.12598). Same call, same result."""
     guided = unconditional is not None and guidance != 1
     generator = torch.Generator(model.device).manual_seed(seed)
     done = []
@@ -406,7 +406,7 @@ def generate(model, prompts, max_new_tokens, allowed, stop_id=None, temperature=
         if guided:
             rows += [tuple(p) for p in unconditional[start:start + batch_size]]
         distinct = {row: i for i, row in enumerate(dict.fromkeys(rows))}           # a prompt that rows share is read once
-        decoder = Decoder(model, list(distinct), max_new_tokens, allowed)
+        decoder = CachedGPT(model, list(distinct), max_new_tokens, allowed)
         copies = torch.tensor([distinct[row] for row in rows], device=model.device)
         logits = decoder(decoder.prompts)[copies]
         decoder.keep(copies)
@@ -830,7 +830,8 @@ def take_step(loss, parameters, optimizers, clip=math.inf):
 
 
 def get_lr(step, steps, warmup, floor=0.05):
-    """Share of the peak learning rate at a step: linear warmup, then a cosine down to `floor`."""
+    """Share of the peak learning rate at a step: linear warmup (of a short run a fifth), then a cosine down to `floor`."""
+    warmup = min(warmup, steps // 5)
     if step < warmup:
         return (step + 1) / warmup
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -9,8 +9,8 @@
     python sample.py segment IMAGE "STRUCTURE"        draw a structure's mask, to out/segment.png
     python sample.py generate "TEXT"                  draw images for a report, to out/generate.png
 
-Reports are scored against what is known to be in the image: CHAIR (arXiv:1809.02156) counts findings
-stated that are not there, recall findings that are there and stated; neither means much alone. Companion
+Reports are scored against what is known to be in the image: CHAIR (arXiv:1809.02156) is the share of stated
+findings that are not there, recall the share of true ones that are stated; stating little lowers both, so read both. Companion
 hallucination is language bias made countable: of the triggers that test images show without their companion,
 the share for which the report states the companion. Drawn images are read by a finding reader, a small classifier
 trained on true images (phantoms: of other patients); its own F1 on true images stands beside. Not for clinical use.
@@ -76,14 +76,14 @@ class Metric(NamedTuple):
     """One figure over test records."""
 
     value: float
-    resampled: np.ndarray        # (R,) the same of R bootstrap resamples of the records; empty where there are none
+    resampled: np.ndarray        # (R,) the figure on each of R bootstrap resamples of the records; empty where there are none
     n: int                       # records that count
 
 
 class Bootstrap:
     """Metrics of the form sum(numerator) / sum(denominator) over the same n records, with resamples for intervals.
 
-    All metrics share the resamples, so differences between models are paired."""
+    All models share the resamples' weights (R, n), how often each record is in it, so differences are paired."""
 
     def __init__(self, n, resamples):
         self.n, self.weights = n, np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float32)
@@ -241,7 +241,7 @@ def evaluate_reports(model, vocab, bench):
 
 
 def evaluate_drawings(model, vocab, vqgan, bench, autocast, guidance):
-    """Report -> image, read by the finding reader. cfg1, cfg1.5 in names of metrics: classifier-free guidance."""
+    """Report -> image, read by the finding reader: extra is CHAIR_i, missing 1 − recall; cfg1.5: guidance of 1.5."""
     have, cfg = np.array([bool(r.text) for r in bench.records]), bench.cfg
     if not have.any() or bench.reader is None:
         return {}
@@ -280,8 +280,8 @@ def evaluate_answers(model, vocab, bench):
 
 
 def evaluate_companions(model, vocab, bench):
-    """The habit, asked for: of the triggers whose companion's finding is there on neither side (`count_companions` counts
-    the wrong side as absent), the share for which "Is there a pleural effusion?" is answered with yes."""
+    """The habit in answers: of the triggers without their companion on either side (the question names none), the share for
+    which "Is there a pleural effusion?" is answered with yes."""
     cases = [(i, ask_whether(MODALITIES[r.spec.modality][c.name], 0)) for i, r in enumerate(bench.records)
              for _, c, _ in triggers_of(r) if c.name not in {f.name for f in r.findings}]
     if not cases:

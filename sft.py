@@ -5,15 +5,15 @@
     python sft.py --init QWEN3_DIR --lora-rank 8      # teach an existing language model to see and draw
 
 Images and text share one vocabulary, so all four tasks are the same next-token problem; only response tokens
-count. A tenth of the generation prompts are emptied, so that guidance has an unconditional model to lean on
+count. A tenth of the drawing prompts are emptied: classifier-free guidance needs an unconditional model
 (arXiv:2207.12598).
 
 The lesson, in order: the joint vocabulary and the prompts of the tasks; the four ways to use a model; examples
 and batches; training. For consultation: loading what is on disk, --init.
 
-A healthy log: loss falls from about log(V) = 7.2 to under 2 (image codes hold most of what remains);
-val/f1, the finding F1 of greedy reports on held-out records, climbs late and then steeply. The checkpoint
-with the best val/f1 is kept, not the one with the lowest val/loss, which turns much earlier.
+A healthy log: loss falls from about 7.2, the log of the vocabulary's size, to under 2 (image codes hold most of what
+remains); val/f1, the finding F1 of greedy reports on held-out records, climbs late and then steeply. The checkpoint with
+the best val/f1 is kept (where findings are unknown, that with the lowest val/loss), as val/loss rises again much earlier.
 """
 
 import json
@@ -148,7 +148,7 @@ class Vocabulary:
         return [*self.ask_prompt(codes, INSTRUCTIONS["segment"][wording].format(structure)), self.boi]
 
     def generate_prompt(self, text, wording=0):
-        """<bos> instruction and text <image>; of None <bos> <image>, the unconditional prompt of guidance."""
+        """<bos> instruction and text <image>; for text None <bos> <image>, guidance's unconditional prompt."""
         words = "" if text is None else INSTRUCTIONS["generate"][wording].format(text)
         return [self.bos, *self.encode_text(words), self.boi]
 
@@ -157,7 +157,7 @@ class Vocabulary:
         return [*self.encode_text(text), self.eos]
 
     def image_response(self, codes):
-        """A response in codes, and the </image> after them."""
+        """A response in codes, and the </image> after them, which is learned and never sampled."""
         return [*self.codes_to_ids(codes), self.eoi]
 
     @first_alone
@@ -320,11 +320,11 @@ def response_loss(model, ids, labels):
 
 
 @torch.no_grad()
-def validate(model, studies, vocab, phrases):
-    """Held-out studies: the loss of each task and their plain mean and, where findings are known, F1 of greedy reports."""
+def validate(model, studies, tasks, vocab, phrases):
+    """Held-out studies: the loss of each of the tasks and their plain mean and, where findings are known, F1 of greedy reports."""
     model.eval()                      # LoRA's dropout is for training
     result, rng = {}, np.random.default_rng(0)
-    for task in TASKS:
+    for task in tasks:
         examples = [make_example(s, task, vocab, rng) for s in studies if task in s.tasks]
         if examples:
             nats = tokens = 0
@@ -348,7 +348,7 @@ def validate(model, studies, vocab, phrases):
 def train(cfg):
     """Instruction-tune a GPT and write out/sft."""
     device, autocast = init_run(cfg)
-    check_resume(cfg, "sft")                                 # before records are encoded, which begin_stage comes after
+    check_resume(cfg, "sft")                                 # fail before the slow part, not at begin_stage
     shares = {task: getattr(cfg, f"{task}_share") for task in TASKS}
     if cfg.lora_rank and not cfg.init:
         raise UserError("--lora-rank adapts a model that can do something already: name one with --init")
@@ -361,7 +361,8 @@ def train(cfg):
     studies = open_studies(cfg, data["train"], vqgan, autocast)
     model, vocab, adapter = loaded or new_model(cfg, vqgan, studies, device)
     describe(model, vocab, vqgan, cfg)
-    studies = studies.serving([t for t in TASKS if shares[t] > 0])
+    tasks = [t for t in TASKS if shares[t] > 0]
+    studies = studies.serving(tasks)
     val = encode_records(data["val"], range(min(cfg.val_records, len(data["val"]))), vqgan, cfg.seed, autocast)
     if not len(studies):
         raise UserError("no training record serves a task whose share is above 0; raise --report-share or another")
@@ -388,7 +389,7 @@ def train(cfg):
         log.bar.update()
         if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
             with autocast():
-                held_out = validate(model, val, vocab, phrases)
+                held_out = validate(model, val, tasks, vocab, phrases)
             score = held_out.get("val/f1", -held_out["val/loss"])
             log(step, ("loss", "val/loss", "val/f1"), loss=loss.detach(), grad_norm=grad_norm, **held_out)
             if score >= best_score:                          # the folder keeps the best model, its state is the last

@@ -9,8 +9,8 @@
     x_rec = vqgan.decode(codes)
 
 Three choices differ from the paper, each so that it trains from nothing in minutes:
-- codes live on the unit sphere in few dimensions (ViT-VQGAN, arXiv:2110.04627), and codes that fall out
-  of use are re-seeded from the batch, so the whole codebook stays in use;
+- the codebook's vectors lie on the unit sphere in few dimensions (ViT-VQGAN, arXiv:2110.04627), and those that fall
+  out of use are moved onto encoder outputs of the batch, so the whole codebook stays in use;
 - LPIPS needs downloaded weights. Its place is taken by squared errors, of pixels and of 4x4-pooled images,
   which hold small bright findings that plain L1 gives up, and, once the discriminator plays, by feature
   matching on its layers (arXiv:1711.11585);
@@ -166,7 +166,7 @@ class VectorQuantizer(nn.Module):
         """Move every code unused for `patience` steps onto a random vector of z; returns how many."""
         dead = (self.idle >= patience).nonzero().flatten()
         z = F.normalize(z.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)          # (N, D)
-        # far-off vectors first: chosen with probability by squared distance (k-means++)
+        # far-off vectors first, as in k-means++: 1 − cos is half the squared distance on the sphere
         far = (1 - (z @ self.rows().T).amax(dim=1)).clamp(min=1e-6)
         n = min(len(dead), len(z))
         if n:
@@ -274,7 +274,8 @@ def codebook_figures(vqgan, codes):
     p = torch.bincount(codes.flatten(), minlength=K).float()
     p = p / p.sum()
     rows = vqgan.quantizer.rows()
-    nearest = (rows @ rows.T - 2 * torch.eye(K, device=rows.device)).amax(dim=1)
+    with torch.autocast(rows.device.type, enabled=False):                # bfloat16 is too coarse for so small an angle
+        nearest = (rows @ rows.T - 2 * torch.eye(K, device=rows.device)).amax(dim=1)
     return {"codebook/usage": (p > 0).float().mean(), "codebook/near_duplicates": (nearest > 0.99).float().mean(),
             "codebook/perplexity": torch.exp(-(p * p.clamp(min=1e-12).log()).sum())}
 
@@ -287,7 +288,7 @@ def validate(vqgan, x):
 
 
 def to_pixels(images):
-    """(n, C, H, W) uint8 tensor to float32 in [-1, 1]. The one place, with `to_images`, that knows the range."""
+    """(n, C, H, W) uint8 tensor to float32 in [-1, 1]. `to_images` is its inverse."""
     return images.float() / 127.5 - 1
 
 

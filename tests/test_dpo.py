@@ -201,7 +201,7 @@ def test_objective_defaults_come_between_preset_and_flags():
     own, published = dpo.DPOConfig.beta, dpo.OBJECTIVE_DEFAULTS["dpo"]["beta"]
     assert (config("bidpo").beta, config("dpo").beta, config("dpo", "--beta", "2").beta) == (own, published, 2.0)
     assert own != published
-    assert config("mfpo").curriculum == "easy-first" and config("mfpo", "--curriculum", "").curriculum == ""
+    assert config("mfpo").curriculum == "easy-first" and config("mdpo").curriculum == "none"
     assert config("rndpo").normalise and not config("bidpo").normalise
     assert dpo.OBJECTIVES.keys() == dpo.OBJECTIVE_DEFAULTS.keys() == {*TERMS, "sft"}
 

@@ -21,7 +21,7 @@ import model
 import sample
 import sft
 import vqgan
-from model import (GPT, SHARED_PRESETS, Decoder, GPTConfig, Log, RunConfig, TuneConfig, UserError, arg, batch_indices,
+from model import (GPT, SHARED_PRESETS, CachedGPT, GPTConfig, Log, RunConfig, TuneConfig, UserError, arg, batch_indices,
                    begin_stage, cli, config_for, finish_stage, folder_hash, generate, get_lr, init_run, load_state,
                    make_optimizers, other_flags, per_token_logps, read_log, read_progress, read_tensors, run, run_flags,
                    sample_token, save_state, sequence_logps, set_lr, take_step, train_mode, weights_hash)
@@ -89,7 +89,7 @@ def test_folders_pass_to_transformers_and_back(head, tmp_path):
 def test_the_decoder_answers_as_the_model_does_piece_by_piece(head, chunks):
     gpt, ids = golden_gpt(head), torch.tensor(GOLDEN["ids"])[:, :7]
     expected, seen = gpt(ids)[..., 3:17], 0
-    decoder = Decoder(gpt, ids[:, :chunks[0]].tolist(), 7 - chunks[0], (3, 17))
+    decoder = CachedGPT(gpt, ids[:, :chunks[0]].tolist(), 7 - chunks[0], (3, 17))
     assert torch.equal(decoder.prompts, ids[:, :chunks[0]])
     for part in ids.split(chunks, dim=1):
         logits, seen = decoder(part), seen + part.size(1)
@@ -98,7 +98,7 @@ def test_the_decoder_answers_as_the_model_does_piece_by_piece(head, chunks):
 
 def test_padding_on_the_left_changes_no_logit_of_the_decoder(gpt):
     short, long = IDS[0, :5].tolist(), IDS[1].tolist()
-    decoder = Decoder(gpt, [short, long], 1, (0, 20))
+    decoder = CachedGPT(gpt, [short, long], 1, (0, 20))
     for more in (0, 1):
         logits = decoder(torch.tensor([[3], [4]]) if more else decoder.prompts)
         assert_close(logits[0], gpt(torch.tensor([short + [3] * more]))[0, -1], atol=1e-5, rtol=0)
@@ -106,14 +106,14 @@ def test_padding_on_the_left_changes_no_logit_of_the_decoder(gpt):
 
 
 def test_on_a_cpu_the_decoder_computes_in_float32_whatever_surrounds_it(gpt):
-    decoder, again = (Decoder(gpt, PROMPTS, 1, (0, 20)) for _ in range(2))
+    decoder, again = (CachedGPT(gpt, PROMPTS, 1, (0, 20)) for _ in range(2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = decoder(decoder.prompts)
     assert torch.equal(logits, again(again.prompts))
 
 
 def test_the_decoder_goes_on_with_the_rows_it_keeps(gpt):
-    decoder = Decoder(gpt, PROMPTS, 2, (0, 20))
+    decoder = CachedGPT(gpt, PROMPTS, 2, (0, 20))
     decoder(decoder.prompts)
     decoder.keep(torch.tensor([2, 0, 2]))
     logits = decoder(torch.tensor([[5], [6], [7]]))
@@ -123,7 +123,7 @@ def test_the_decoder_goes_on_with_the_rows_it_keeps(gpt):
 
 def test_prompts_that_rows_share_are_read_once(gpt, monkeypatch):
     read = []
-    monkeypatch.setattr(model.Decoder, "__call__", lambda self, ids, call=Decoder.__call__: (read.append(ids.shape), call(self, ids))[1])
+    monkeypatch.setattr(model.CachedGPT, "__call__", lambda self, ids, call=CachedGPT.__call__: (read.append(ids.shape), call(self, ids))[1])
     rows = generate(gpt, [PROMPTS[0]] * 3 + [PROMPTS[1]], 4, (0, 20), temperature=2.0)
     assert read[0] == (2, max(map(len, PROMPTS[:2]))) and set(read[1:]) == {(4, 1)}
     assert len(set(map(tuple, rows))) == 4               # and go on differently
@@ -247,7 +247,7 @@ def test_rows_that_ended_are_left_out_and_change_nothing(gpt, options, monkeypat
     prompts, widths = [[i % 20, (3 * i) % 20] for i in range(16)], []
     whole = generate(gpt, prompts, 8, (0, 20), temperature=0, **options)
     stop = max(range(20), key=lambda i: sum(i in row[2:5] for row in whole))
-    monkeypatch.setattr(model.Decoder, "keep", lambda self, rows, keep=Decoder.keep: (widths.append(len(rows)), keep(self, rows)))
+    monkeypatch.setattr(model.CachedGPT, "keep", lambda self, rows, keep=CachedGPT.keep: (widths.append(len(rows)), keep(self, rows)))
     rows = generate(gpt, prompts, 8, (0, 20), stop, temperature=0, **options)
     assert rows == [row[:row.index(stop)] if stop in row else row for row in whole]
     assert len(widths) > 1 and widths == sorted(widths, reverse=True)
@@ -523,6 +523,7 @@ def test_get_lr_at_its_corners():
     assert_close(share(60), 0.55)                       # half way down the cosine
     assert_close(share(110), 0.1)
     assert get_lr(0, 1, 0) == 1.0                       # no warmup, nothing to divide by
+    assert [get_lr(step, 10, 40) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]      # a short run warms up a fifth of it
 
 
 def test_set_lr_scales_the_peak_not_the_last_rate():

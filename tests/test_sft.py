@@ -398,7 +398,7 @@ def test_validation_by_hand(model, monkeypatch):
     """Loss per token of each task that a study serves, and F1 of greedy reports where findings are known."""
     unknown = Study(np.arange(9), "Normal chest radiograph.", (), (), None)
     monkeypatch.setattr(sft, "write_reports", lambda model, vocab, codes: ["Enlarged heart. Left nodule."] * len(codes))
-    found = sft.validate(model, [STUDY, unknown], VOCAB, PHRASES)
+    found = sft.validate(model, [STUDY, unknown], sft.TASKS, VOCAB, PHRASES)
     draw, reports = rng(0), []
     for study in (STUDY, unknown):
         reports.append(make_example(study, "report", VOCAB, draw))
@@ -409,7 +409,7 @@ def test_validation_by_hand(model, monkeypatch):
     losses = [found[f"val/loss_{task}"] for task in TASKS]
     assert found["val/loss"] == pytest.approx(np.mean(losses)) and len(set(losses)) == len(TASKS)
     assert found["val/f1"] == pytest.approx(2 * 1 / (2 + 1))              # one right of two stated, of one true
-    assert model.training and "val/f1" not in sft.validate(model, [unknown], VOCAB, PHRASES)
+    assert model.training and "val/f1" not in sft.validate(model, [unknown], sft.TASKS, VOCAB, PHRASES)
 
 
 # ---- The program ---------------------------------------------------------------------------------
