@@ -70,6 +70,8 @@ ROWS = {f"report/{d}/{m}": f"{title}, {how}" for m, title in READING.items()
 CURVE = [f"report/t0.5/{m}" for m in ("companion", "chair_i", "recall")]        # for the picture alone
 TO_CONTROL = ["report/greedy/companion", "report/t1.0/companion", "report/greedy/chair_i", "report/t1.0/chair_i",
               "report/greedy/recall", "generate/cfg1/f1"]
+README_ROWS = ["report/greedy/companion", "report/greedy/chair_i", "report/greedy/recall", "ask/companion", "ask/accuracy",
+               "generate/cfg1.5/f1", "generate/cfg1.5/frechet", "segment/dice"]
 BETWEEN = [*TO_CONTROL[:3], "report/greedy/recall", "segment/dice"]
 THERE = "companion there, and rightly stated"
 
@@ -228,6 +230,14 @@ def means_table(units, names):
     return markdown(["metric", *names], rows)
 
 
+def readme_table(found):
+    """Markdown: a few rows of both benchmarks, SFT, control and bidpo; marks as in means_table."""
+    seeds = [list(found.get(bias, {}).values()) for bias in (0.9, 0.0)]
+    rows = [[ROWS[metric], *(mean_cell(units, name, metric, marked=True) for units in seeds for name in ("sft", "control", "bidpo"))]
+            for metric in README_ROWS]
+    return markdown(["metric", "SFT", "control", "bidpo", "no bias: SFT", "control", "bidpo"], rows)
+
+
 def differences_table(units, names, metrics=TO_CONTROL):
     """Markdown: the difference of each recipe to the control, seed by seed, with its paired 95 % interval.
 
@@ -317,7 +327,8 @@ def print_evaluations(paths):
 
 
 def print_units(found):
-    """The tables of every benchmark in {bias: {seed: results}}."""
+    """The README's table, and those of every benchmark in {bias: {seed: results}}."""
+    print(readme_table(found))
     for bias, seeds in sorted(found.items(), reverse=True):
         units = list(seeds.values())
         print(f"\n--bias {bias:g}, seeds {' '.join(map(str, seeds))}")
