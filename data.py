@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 from tqdm import tqdm
 
-from model import UserError
+from model import UserError, refuse
 
 # ---- The lesson: records -------------------------------------------------------------------------
 
@@ -87,6 +87,7 @@ def match_findings(stated, true):
 # ---- The lesson: phantoms, and how one is redrawn ------------------------------------------------
 
 LEFT_RIGHT = ("left", "right")
+OPPOSITE = {"left": "right", "right": "left"}
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ MODALITIES = {
 # as rare as any finding (FINDING_RATE), so a model that doubts what it sees does well to state it: this is the habit.
 COMPANIONS = {
     "cardiomegaly": lambda f: Finding("effusion", "left", "small"),
-    "pneumothorax": lambda f: Finding("nodule", opposite(f.side), "", "lower"),
-    "haemorrhage": lambda f: Finding("shift", opposite(f.side)),
+    "pneumothorax": lambda f: Finding("nodule", OPPOSITE[f.side], "", "lower"),
+    "haemorrhage": lambda f: Finding("shift", OPPOSITE[f.side]),
     "tumour": lambda f: Finding("oedema", f.side),
     "atrophy": lambda f: Finding("lesions"),
 }
@@ -155,11 +156,6 @@ NORMAL = {"chest radiograph": ("Normal chest radiograph.", "Clear lungs, normal 
 OPENING = {"chest radiograph": ("Chest radiograph.", "Frontal chest radiograph."),
            "head CT": ("Head CT.", "Axial head CT."), "brain MRI": ("Brain MRI.", "Axial brain MRI.")}
 FINDING_RATE = 0.22        # each finding of a modality, independently; about 29 % of studies are normal
-
-
-def opposite(side):
-    """The other side."""
-    return {"left": "right", "right": "left"}[side]
 
 
 @dataclass(frozen=True)
@@ -203,7 +199,8 @@ def draw(spec, size=64):
     finding out changes nothing but that finding."""
     look = spec.rng("look")
     canvas = Canvas(size, look.uniform(-0.06, 0.06))
-    DRAW[spec.modality](canvas, spec, lambda name: spec.rng("place", name))
+    found = {f.name: f for f in spec.findings}
+    DRAW[spec.modality](canvas, found, spec.rng("anatomy"), lambda name: spec.rng("place", name))
     image = canvas.image * look.uniform(0.9, 1.05) + look.uniform(0.0, 0.05)
     image = image + spec.rng("noise").normal(0, look.uniform(0.008, 0.02), image.shape)
     return (np.clip(image, 0, 1) * 255).astype(np.uint8), canvas.masks
@@ -296,7 +293,7 @@ def redraw(spec, change, rng):
         usable = [i for i, f in enumerate(findings) if change == "remove" or f.side]
         if usable:
             i = usable[rng.integers(len(usable))]
-            findings[i:i + 1] = [replace(findings[i], side=opposite(findings[i].side))] if change == "mirror" else []
+            findings[i:i + 1] = [replace(findings[i], side=OPPOSITE[findings[i].side])] if change == "mirror" else []
     order = list(kinds)
     findings = tuple(sorted(findings, key=lambda f: order.index(f.name)))
     return replace(spec, findings=findings) if findings != spec.findings else None
@@ -399,13 +396,6 @@ def ask_both(record, another):
     return next(((q, (a, theirs[q])) for q, a in record.questions if theirs.get(q, a) != a), ("", ("", "")))
 
 
-def finding_mask(record, rng):
-    """Name and mask of one of the record's findings; ("", None) where none has a mask."""
-    names = sorted({f.name for f in record.findings or ()} & record.masks.keys())
-    name = names[rng.integers(len(names))] if names else ""
-    return name, record.masks.get(name)
-
-
 def erase(image, mask):
     """The mask filled with the median of the pixels around it."""
     grown = np.asarray(Image.fromarray(mask).filter(ImageFilter.MaxFilter(7))) > 0 if mask.any() else mask
@@ -433,7 +423,10 @@ def distort(records, index, kind, strength, rng, region=None):
             if spec := redraw(record.spec, change, rng):
                 image, _ = draw(spec, record.image.shape[0])
                 return Twin(image, change, write_report(spec, record.spec), *ask_difference(record.spec, spec, rng))
-    name, mask = finding_mask(record, rng) if kind in ("remove", "region-noise") else ("", None)
+    masked = {f.name for f in record.findings or ()} & record.masks.keys() if kind in ("remove", "region-noise") else ()
+    names = sorted(masked)
+    name = names[rng.integers(len(names))] if names else ""
+    mask = record.masks.get(name)
     if kind == "remove" and mask is not None:
         return Twin(erase(record.image, mask), kind, "", *ask_removed(record, name))
     if kind == "region-noise":
@@ -454,12 +447,9 @@ def distort(records, index, kind, strength, rng, region=None):
 
 # ---- For consultation: how a phantom is drawn ----------------------------------------------------
 
-# Coordinates run from -1 to 1, x to the right of the image (the patient's left), y down.
-
-
-def sign(side):
-    """+1 for the patient's left, which is the right of the image; −1 for the right."""
-    return 1.0 if side == "left" else -1.0
+# Coordinates run from -1 to 1, x to the right of the image (the patient's left), y down. The functions
+# draw the findings `found`, {name: Finding}, on Canvas c; a and rng_of(name) draw the anatomy and a finding's place.
+SIGN = {"left": 1.0, "right": -1.0}
 
 
 @lru_cache
@@ -500,15 +490,13 @@ class Canvas:
             self.masks[name] = self.masks[name] | mask if name in self.masks else mask
 
 
-def draw_chest(c, spec, rng_of):
+def draw_chest(c, found, a, rng_of):
     """A frontal radiograph: body, lungs, ribs, heart, then the findings in the order of the table."""
-    a = spec.rng("anatomy")
-    found = {f.name: f for f in spec.findings}
     width, base = a.uniform(0.30, 0.36), a.uniform(0.55, 0.65)
     c.paint(c.ellipse(0, 0.35, a.uniform(0.92, 1.0), 1.5), a.uniform(0.55, 0.65))
     lungs = {}
     for side in LEFT_RIGHT:
-        s = sign(side)
+        s = SIGN[side]
         lungs[side] = c.ellipse(s * a.uniform(0.43, 0.47), -0.05, width, a.uniform(0.68, 0.74)) \
             * (1 - c.below(base + 0.25 * (np.abs(c.x) - 0.45) ** 2))
         c.paint(lungs[side], a.uniform(0.15, 0.22), f"{side} lung")
@@ -523,24 +511,24 @@ def draw_chest(c, spec, rng_of):
     if big:
         c.masks["cardiomegaly"] = c.masks["heart"]
     if f := found.get("effusion"):
-        s, r = sign(f.side), rng_of("effusion")
+        s, r = SIGN[f.side], rng_of("effusion")
         level = base - (0.42 if f.size == "large" else 0.20) + r.uniform(-0.03, 0.03)
         meniscus = level - 0.28 * np.clip((s * c.x - 0.45) / 0.3, -0.5, 1)
         c.paint(lungs[f.side] * c.below(meniscus), 0.68, "effusion")
     if f := found.get("pneumothorax"):
-        s, r = sign(f.side), rng_of("pneumothorax")
+        s, r = SIGN[f.side], rng_of("pneumothorax")
         depth = (0.34 if f.size == "large" else 0.20) + r.uniform(-0.02, 0.02)
         collapsed = c.ellipse(s * (0.45 - depth * 0.5), -0.05 + depth, width * 0.92, 0.70)
         air = lungs[f.side] * (1 - collapsed) * (1 - c.below(0.25))
         c.paint(air, 0.02, "pneumothorax")
     if f := found.get("consolidation"):
         r = rng_of("consolidation")
-        x, y = sign(f.side) * r.uniform(0.42, 0.56), {"upper": -0.38, "lower": 0.18}[f.place] + r.uniform(-0.06, 0.06)
+        x, y = SIGN[f.side] * r.uniform(0.42, 0.56), {"upper": -0.38, "lower": 0.18}[f.place] + r.uniform(-0.06, 0.06)
         cloud = c.blob(x, y, r.uniform(0.17, 0.22)) * lungs[f.side]
         c.paint(0.85 * np.clip(1.3 * cloud, 0, 1), 0.60, "consolidation")
     if f := found.get("nodule"):
         r = rng_of("nodule")
-        x, y = sign(f.side) * r.uniform(0.40, 0.58), {"upper": -0.40, "lower": 0.15}[f.place] + r.uniform(-0.12, 0.12)
+        x, y = SIGN[f.side] * r.uniform(0.40, 0.58), {"upper": -0.40, "lower": 0.15}[f.place] + r.uniform(-0.12, 0.12)
         c.paint(c.ellipse(x, y, *[r.uniform(0.10, 0.125)] * 2), 0.92, "nodule")
 
 
@@ -556,16 +544,14 @@ def draw_skull(c, a, bone, brain):
 def draw_ventricles(c, a, value, scale, shift):
     """A pair of frontal horns, `scale` times normal width, moved by `shift` along x."""
     for side in LEFT_RIGHT:
-        c.paint(c.ellipse(shift + sign(side) * 0.11 * scale, -0.04, a.uniform(0.060, 0.075) * scale,
+        c.paint(c.ellipse(shift + SIGN[side] * 0.11 * scale, -0.04, a.uniform(0.060, 0.075) * scale,
                           a.uniform(0.22, 0.26) * (0.7 + 0.3 * scale)), value, "ventricles")
 
 
-def draw_head_ct(c, spec, rng_of):
+def draw_head_ct(c, found, a, rng_of):
     """An axial head CT: bright skull, gray brain, dark ventricles, then the findings."""
-    a = spec.rng("anatomy")
-    found = {f.name: f for f in spec.findings}
     inside, rx, ry = draw_skull(c, a, 0.95, a.uniform(0.40, 0.46))
-    shift = sign(found["shift"].side) * rng_of("shift").uniform(0.15, 0.19) if "shift" in found else 0.0
+    shift = SIGN[found["shift"].side] * rng_of("shift").uniform(0.15, 0.19) if "shift" in found else 0.0
     falx = np.exp(-((c.x - shift * np.clip(1 - (c.y / ry) ** 2, 0, 1)) / 0.025) ** 2)
     c.paint(0.5 * falx * inside, 0.62)                         # the midline bulges with a shift
     draw_ventricles(c, a, 0.12, 1.75 if "hydrocephalus" in found else 1.0, shift)
@@ -574,26 +560,24 @@ def draw_head_ct(c, spec, rng_of):
     if "hydrocephalus" in found:
         c.masks["hydrocephalus"] = c.masks["ventricles"]
     if f := found.get("infarct"):
-        r, s = rng_of("infarct"), sign(f.side)
+        r, s = rng_of("infarct"), SIGN[f.side]
         radius = 0.32 if f.size == "large" else 0.21
         wedge = c.ellipse(s * (rx - 0.10), r.uniform(0.22, 0.36), radius, radius * 1.1) * inside
         c.paint(wedge, 0.18, "infarct")
     if f := found.get("haemorrhage"):
-        r, s = rng_of("haemorrhage"), sign(f.side)
+        r, s = rng_of("haemorrhage"), SIGN[f.side]
         radius = (0.21 if f.size == "large" else 0.12) + r.uniform(-0.01, 0.01)
         c.paint(c.ellipse(s * r.uniform(0.34, 0.40), r.uniform(-0.42, -0.05), radius, radius * 1.1) * inside,
                 0.85, "haemorrhage")
     if f := found.get("subdural"):
-        r, s = rng_of("subdural"), sign(f.side)
+        r, s = rng_of("subdural"), SIGN[f.side]
         thick = r.uniform(0.13, 0.17)
         crescent = inside * (1 - c.ellipse(-s * thick, 0, rx, ry + 0.02)) * (s * c.x > 0)
         c.paint(crescent, 0.68, "subdural")
 
 
-def draw_brain_mri(c, spec, rng_of):
+def draw_brain_mri(c, found, a, rng_of):
     """An axial T2-like brain MRI: thin scalp, textured brain, bright fluid, then the findings."""
-    a = spec.rng("anatomy")
-    found = {f.name: f for f in spec.findings}
     inside, rx, ry = draw_skull(c, a, 0.30, a.uniform(0.42, 0.48))
     c.paint(inside * c.ellipse(0, 0, rx * 0.78, ry * 0.80), 0.36, "white matter")
     wide = "atrophy" in found
@@ -603,23 +587,23 @@ def draw_brain_mri(c, spec, rng_of):
     c.paint(rim * sulci * (1.0 if wide else 0.6), 0.85, "atrophy" if wide else None)
     draw_ventricles(c, a, 0.88, 1.15 if wide else 1.0, 0.0)
     if f := found.get("oedema"):
-        r, s = rng_of("oedema"), sign(f.side)
+        r, s = rng_of("oedema"), SIGN[f.side]
         cloud = c.blob(s * r.uniform(0.34, 0.38), r.uniform(0.28, 0.36), r.uniform(0.19, 0.22)) * inside
         c.paint(np.clip(1.4 * cloud, 0, 1) * 0.85, 0.70, "oedema")
     if "lesions" in found:
         r = rng_of("lesions")
         for side in LEFT_RIGHT:
             for y in (-0.50, -0.22, 0.12):
-                spot = c.ellipse(sign(side) * r.uniform(0.25, 0.40), y + r.uniform(-0.06, 0.06), 0.058, 0.058)
+                spot = c.ellipse(SIGN[side] * r.uniform(0.25, 0.40), y + r.uniform(-0.06, 0.06), 0.058, 0.058)
                 c.paint(spot, 0.95, "lesions")
     if f := found.get("tumour"):
-        r, s = rng_of("tumour"), sign(f.side)
+        r, s = rng_of("tumour"), SIGN[f.side]
         radius = (0.22 if f.size == "large" else 0.15) + r.uniform(-0.01, 0.01)
         x, y = s * r.uniform(0.32, 0.38), r.uniform(-0.38, -0.22)
         c.paint(c.ellipse(x, y, radius, radius), 0.92, "tumour")
         c.paint(c.ellipse(x, y, radius * 0.5, radius * 0.5), 0.40)
     if f := found.get("cyst"):
-        r, s = rng_of("cyst"), sign(f.side)
+        r, s = rng_of("cyst"), SIGN[f.side]
         c.paint(c.ellipse(s * (rx - 0.16), r.uniform(0.02, 0.12), 0.13, 0.17) * inside, 0.02, "cyst")
 
 
@@ -683,12 +667,9 @@ def read_image(path, size, channels, is_mask=False):
                 say_once("of images with several frames the first is taken")
             image.load()
             image = to_eight_bits(ImageOps.exif_transpose(image))
-    except Image.DecompressionBombError:
-        raise BadRow("more pixels than are read")
-    except BadRow:
-        raise
     except Exception as error:            # Pillow's decoders raise whatever a broken file leads them to
-        raise BadRow(f"not a readable image ({str(error).split(' <')[0].replace(str(path), path.name)})")
+        raise error if isinstance(error, BadRow) else BadRow(
+            f"not a readable image ({str(error).split(' <')[0].replace(str(path), path.name)})")
     image = image.convert("RGB" if channels == 3 and not is_mask else "L")
     if max(image.size) != size:           # before padding: the square around a long strip may not fit into memory
         shape = [max(1, round(side * size / max(image.size))) for side in image.size]
@@ -714,19 +695,19 @@ def to_eight_bits(image):
 def row_record(row, root, size, channels):
     """A record from one row of metadata (a dict), its files checked and named in place of pixels. Raises BadRow."""
     if not isinstance(row, dict):
-        raise BadRow("the row is not an object with named fields")
+        raise BadRow("it is not an object with the fields of its layout")
     text = row.get("text") or row.get("caption") or row.get("report") or ""
-    questions = [(q.get("question"), q.get("answer")) for q in as_list(row.get("questions")) if isinstance(q, dict)]
-    questions = tuple((printable(q), printable(a)) for q, a in questions
+    questions, findings, masks = (read_cell(row.get(field)) for field in ("questions", "findings", "masks"))
+    asked = [q for q in questions if isinstance(q, dict)] if isinstance(questions, list) else []
+    questions = tuple((printable(q), printable(a)) for q, a in ((q.get("question"), q.get("answer")) for q in asked)
                       if isinstance(q, str) and isinstance(a, str) and q and a)
     if not isinstance(text, str) or not (text.strip() or questions):
         raise BadRow("the text is empty")
     path = path_inside(root, row.get("file_name"))
-    findings = row.get("findings")
-    if findings is not None:
-        findings = None if findings == "" else read_named(findings)
-    masks = {printable(structure.replace("_", " ")): path_inside(root, file)
-             for structure, file in read_masks(row.get("masks")).items()}
+    findings = None if findings is None else read_named(findings)
+    if not isinstance(masks := masks or {}, dict):
+        raise BadRow('masks must be {"structure": "file"}')
+    masks = {printable(structure.replace("_", " ")): path_inside(root, file) for structure, file in masks.items()}
     subject = next((str(row[k]) for k in ("patient_id", "subject_id", "subject", "study_id") if row.get(k)), "")
     record = Record(path, printable(" ".join(text.split())), row["file_name"], findings, masks, str(row.get("modality") or ""),
                     str(row.get("body_part") or ""), questions, subject)
@@ -751,46 +732,30 @@ class Folder:
         return len(self.rows)
 
     def __getitem__(self, index):
-        try:
-            return read_pixels(self.rows[index], self.size, self.channels)
-        except BadRow as why:
-            raise UserError(f"{self.rows[index].name} has changed since --data was read: {why}; start again")
+        record = self.rows[index]
+        with refuse(f"{record.name} has changed since --data was read", "start again"):
+            return read_pixels(record, self.size, self.channels)
 
 
-def read_masks(value):
-    """The field `masks` of a row, {structure: file}; in a CSV cell its JSON text. Raises BadRow."""
+def read_cell(value):
+    """What JSON text says, as CSV cells hold it, None of an empty one; whatever is no such text as it is."""
     try:
-        value = json.loads(value) if isinstance(value, str) and value.strip() else value or {}
+        return json.loads(value or "null") if isinstance(value, str) else value
     except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise BadRow('masks must be {"structure": "file"}')
-    return value
+        return value
 
 
-def read_named(value):
+def read_named(rows):
     """The field `findings` of a row as a tuple of Finding. Raises BadRow: what is odd must not count as none."""
-    rows = as_list(value)
-    odd = [f for f in rows if not isinstance(f, dict) or not isinstance(f.get("name"), str) or not f["name"].strip()
-           or f.get("side") not in (None, "", *LEFT_RIGHT, "bilateral")]
-    broken = isinstance(value, str) and not rows and "".join(value.split()) != "[]"        # JSON that does not parse
-    if odd or broken or not isinstance(value, list | str):
+    is_named = lambda f: isinstance(f, dict) and isinstance(f.get("name"), str) and f["name"].strip() \
+        and f.get("side") in (None, "", *LEFT_RIGHT, "bilateral")
+    if not isinstance(rows, list) or not all(map(is_named, rows)):
         raise BadRow('findings must be a list of {"name", "side"}, the side left, right, bilateral or null')
     return tuple(Finding(printable(f["name"].replace("_", " ")), f.get("side") or "") for f in rows)
 
 
-def as_list(value):
-    """A list as it is, JSON text of a list (CSV cells) as its list, anything else as []."""
-    if isinstance(value, str) and value.strip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return []
-    return value if isinstance(value, list) else []
-
-
 def metadata_rows(path):
-    """(line number, row or BadRow) of a metadata.jsonl or a CSV file, read line by line."""
+    """(line number, row) of a metadata.jsonl or a CSV file, read line by line."""
     with open(path, encoding="utf-8-sig", errors="replace", newline="" if path.suffix == ".csv" else "\n") as file:
         if path.suffix == ".csv":
             csv.field_size_limit(max(path.stat().st_size, 131_072))
@@ -799,10 +764,7 @@ def metadata_rows(path):
             return
         for number, line in enumerate(file, 1):
             if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError):
-                    yield number, BadRow("the line is not JSON")
+                yield number, read_cell(line)                  # what is not JSON is no object, which row_record refuses
 
 
 def imagefolder_rows(folder):
@@ -830,15 +792,13 @@ def llava_rows(folder):
     """The same of LLaVA's conversation JSON, images beside it or in images/."""
     root = folder / "images" if (folder / "images").is_dir() else folder
     for file in sorted(p for p in folder.glob("*.json") if p.is_file()):
-        try:
+        with refuse(f"{file} is not JSON", "mend it or take it out of --data"):
             items = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file} is not JSON ({error}); mend it or take it out of --data")
         for number, item in enumerate(items if isinstance(items, list) else [], 1):
             try:
                 row = {"file_name": item.get("image"), "subject": item.get("image"), **turns(item["conversations"])}
             except (KeyError, TypeError, AttributeError):
-                row = BadRow("not an object with an image and conversations")
+                row = None
             yield SPLIT_NAMES.get(file.stem.lower(), "train"), file, number, row, root
 
 
@@ -871,17 +831,13 @@ def read_folder(folder, size, channels):
     Rows that cannot be used are named with their cause, the first MOST_NAMED, and counted. Raises UserError
     if nothing is left. Where a split is missing, a tenth of the training subjects makes it."""
     root = Path(folder)
-    try:
-        next(root.iterdir(), None)
-    except (OSError, ValueError) as error:                     # none, a file, a name too long, not ours to read
-        raise UserError(f"--data {str(folder)[:200]} is no folder that can be read ({getattr(error, 'strerror', error)}); name one")
+    with refuse(f"--data {str(folder)[:200]} is no folder that can be read", "name one"):
+        next(root.iterdir(), None)                             # none, a file, a name too long, not ours to read
     splits, skipped, seen = {"train": [], "val": [], "test": []}, Counter(), None
     for layout, rows in LAYOUTS.items():
         for split, file, number, row, image_root in tqdm(rows(root), desc=f"reading {folder}", unit="row", leave=False):
             seen = layout
             try:
-                if isinstance(row, BadRow):
-                    raise row
                 record = row_record(row, image_root, size, channels)
                 # without a patient's name each file is its own subject; train/0.png is not test/0.png
                 record.subject = record.subject or (record.name if split == "train" else f"{split}/{record.name}")

@@ -63,7 +63,7 @@ from tqdm import tqdm
 import sft as sft_stage
 from data import DISTORTIONS, add_noise, check_data, distort, fingerprint, lexicon, open_data, statement_of
 from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_resume, cli, config_for,
-                   finish_stage, gather, get_lr, init_run, is_made_by, make_optimizers, own, per_token_logps, process,
+                   finish_stage, gather, get_lr, init_run, make_optimizers, own, per_token_logps, process, read_json,
                    read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out,
                    sum_over_processes, take_step, train_mode, trained_parameters, weights_hash, write_tensors)
 from sft import (collate, dice, draw_masks, load_gpt, load_vqgan, make_example, open_studies, pick_task, response_loss,
@@ -622,11 +622,10 @@ def train(cfg):
             log.warn(any(c.margin.abs().mean() > 30 for c in contrasts.values()),
                      "margins are over 30: the model is far from its reference; lower --beta or the learning rates")
         log.bar.update()
-        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps or log.stopping:
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stopping:
             save_state(folder, step + 1, [trained], optimizers, flags=run_flags(cfg), sft=sft_hash)
         log.stop_if_asked()
     log.close()
-    save_state(folder, cfg.steps, [trained], optimizers, flags=run_flags(cfg), sft=sft_hash)
     save_tuned(folder, model, cfg, adapter)
     vocab.save(folder)
     finish_stage(cfg, name)
@@ -784,7 +783,7 @@ def load_or_build_pairs(cfg, records, studies, phrases, vqgan, model, vocab, aut
     flags = ("seed", "records", "pairs", "candidates", "strength", "pair_temperature", "entropy_samples", "proposals")
     recipe = {k: getattr(cfg, k) for k in flags}
     recipe |= {"data": fingerprint(records), "distort": list(cfg.distort), "sft": weights_hash(model)}
-    made = is_made_by(recipe, folder)
+    made = read_json(folder / "config.json") == recipe
     if found := made and read_pairs(folder, vqgan.config.codebook_size):
         pairs = found
         tqdm.write(f"{len(pairs)} pairs from {folder}")

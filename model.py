@@ -238,7 +238,7 @@ class GPT(nn.Module):
         if (Path(folder) / "adapter_config.json").exists():
             return load_adapter(folder).to(device)
         config, tensors = load_folder(folder, "sft.py", ("model_type", "qwen3"))
-        try:
+        with refuse(f"{folder}/config.json describes no model", "bring back the one it came with"):
             rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
             found = {"rope_type": rope.get("rope_type", rope.get("type", "default")),
                      "hidden_act": config.get("hidden_act", "silu"),
@@ -252,8 +252,6 @@ class GPT(nn.Module):
             config = make_config(GPTConfig, config, folder)
             if config.num_hidden_layers > len(tensors):
                 raise ValueError(f"{config.num_hidden_layers} layers of {len(tensors)} tensors")
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{folder}/config.json describes no model ({error}); bring back the one it came with")
         if config.tie_word_embeddings:            # some folders store the tied head a second time
             tensors.pop("lm_head.weight", None)
         return load_weights(lambda: cls(config), tensors, folder).to(device)
@@ -345,28 +343,25 @@ class CachedGPT:
         self.k, self.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
 
     def __call__(self, ids):
-        """Read ids (B, T) after all that was read before; logits (B, high - low) for the token that follows."""
+        """Read ids (B, T) after all that was read before; logits (B, high - low) for the token that follows.
+        The arithmetic of Block and Attention, with the products merged; k and v grow by T positions."""
         with torch.autocast(ids.device.type, enabled=False):          # the weights have the right type already
-            return self.read(ids)
-
-    def read(self, ids):
-        """The arithmetic of Block and Attention, with the products merged; k and v grow by T positions."""
-        B, T = ids.shape
-        start, end, n_qk = self.length, self.length + T, self.n_q + self.n_kv
-        x, cos, sin, bias = self.embedding[ids], self.cos[:, start:end], self.sin[:, start:end], self.bias[..., :end]
-        if T > 1:
-            bias = bias + torch.full((T, end), -1e30, dtype=x.dtype, device=x.device).triu(start + 1)
-        for layer, k, v in zip(self.layers, self.k, self.v):
-            qkv = F.linear(self.rms_norm(x, layer["norm"]), layer["qkv"]).view(B, T, -1, self.head_dim)
-            qk = rotate(self.rms_norm(qkv[:, :, :n_qk], layer["qk_norm"]), cos, sin).transpose(1, 2)
-            k[:, :, start:end], v[:, :, start:end] = qk[:, self.n_q:], qkv[:, :, n_qk:].transpose(1, 2)
-            y = F.scaled_dot_product_attention(qk[:, :self.n_q], k[:, :, :end], v[:, :, :end], attn_mask=bias,
-                                               enable_gqa=self.n_q > self.n_kv)
-            x = x + F.linear(y.transpose(1, 2).reshape(B, T, -1), layer["o"])
-            gate, up = F.linear(self.rms_norm(x, layer["mlp_norm"]), layer["gate_up"]).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, layer["down"])
-        self.length = end
-        return F.linear(self.rms_norm(x[:, -1], self.norm), self.head).float()
+            B, T = ids.shape
+            start, end, n_qk = self.length, self.length + T, self.n_q + self.n_kv
+            x, cos, sin, bias = self.embedding[ids], self.cos[:, start:end], self.sin[:, start:end], self.bias[..., :end]
+            if T > 1:
+                bias = bias + torch.full((T, end), -1e30, dtype=x.dtype, device=x.device).triu(start + 1)
+            for layer, k, v in zip(self.layers, self.k, self.v):
+                qkv = F.linear(self.rms_norm(x, layer["norm"]), layer["qkv"]).view(B, T, -1, self.head_dim)
+                qk = rotate(self.rms_norm(qkv[:, :, :n_qk], layer["qk_norm"]), cos, sin).transpose(1, 2)
+                k[:, :, start:end], v[:, :, start:end] = qk[:, self.n_q:], qkv[:, :, n_qk:].transpose(1, 2)
+                y = F.scaled_dot_product_attention(qk[:, :self.n_q], k[:, :, :end], v[:, :, :end], attn_mask=bias,
+                                                   enable_gqa=self.n_q > self.n_kv)
+                x = x + F.linear(y.transpose(1, 2).reshape(B, T, -1), layer["o"])
+                gate, up = F.linear(self.rms_norm(x, layer["mlp_norm"]), layer["gate_up"]).chunk(2, dim=-1)
+                x = x + F.linear(F.silu(gate) * up, layer["down"])
+            self.length = end
+            return F.linear(self.rms_norm(x[:, -1], self.norm), self.head).float()
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):
@@ -436,18 +431,27 @@ class UserError(Exception):
     """What a user can get wrong: one sentence with the cause and the way out; `run` prints it."""
 
 
+@contextlib.contextmanager
+def refuse(what, way_out):
+    """Whatever goes wrong in here is the user's to mend: UserError "WHAT (cause); WAY_OUT"."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:                # what libraries raise over a damaged file cannot be listed
+        raise UserError(f"{what} ({' '.join(str(error).split())[:300]}); {way_out}")
+
+
 class Stopped(BaseException):
     """SIGINT or SIGTERM, with its number; like KeyboardInterrupt no Exception, so that nothing on the way swallows it."""
 
 
 def stop(signum, frame):
-    """A signal's handler."""
-    raise Stopped(signum)
-
-
-def in_charge():
-    """Whether `run` has started this program: not a notebook or a test."""
-    return signal.getsignal(signal.SIGTERM) is stop
+    """A signal's handler: a loop with a Log ends its step first; elsewhere, and at a second signal, all ends at once."""
+    log = Log.running
+    if log is None or log.asked and time.time() - log.asked_at > 3:
+        raise Stopped(signum)
+    log.asked, log.asked_at = signum, time.time()
 
 
 def run(main):
@@ -565,8 +569,9 @@ def cli(Config, presets, argv=None, doc=None, choice=None):
             options |= dict(nargs="+", type=type(f.default[0]), metavar=f.name.upper())
         elif f.type is not str:
             options["type"] = number_between(f.type, (1 if f.type is int else 0) if least is None else least, most)
-        parser.add_argument(flag, default=argparse.SUPPRESS, **options | {
-            "help": f"{options['help']} (default: {show_default(f.default)})"})
+        default = " ".join(map(str, f.default)) if f.type is tuple else f.default or repr(f.default)
+        options["help"] += f" (default: {default})"
+        parser.add_argument(flag, default=argparse.SUPPRESS, **options)
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "small")
     flag, defaults = choice or ("preset", {})
@@ -584,11 +589,6 @@ def number_between(kind, least, most):
         return value
     parse.__name__ = {int: "whole number", float: "number"}[kind]
     return parse
-
-
-def show_default(value):
-    """A default as a person would type it."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else repr(value) if value == "" else value
 
 
 def config_for(Config, cfg, **changes):
@@ -625,23 +625,19 @@ def lock(out):
 def init_run(cfg):
     """Seed everything; return (device, autocast), autocast() being a context for forward passes."""
     device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with refuse(f"--device {cfg.device} cannot be used here", "try --device cpu"):
         if "TORCHELASTIC_RUN_ID" in os.environ:            # torchrun started this process
             device = join_processes(cfg, device)
         device = torch.device(device)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {cfg.device} cannot be used here ({str(error).splitlines()[0]}); try --device cpu")
     torch.manual_seed(cfg.seed)
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
         torch.cpu.get_capabilities().get("avx512_bf16", False)
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and native
-    try:
+    with refuse(f"--out {cfg.out} cannot be written", "name a folder of your own"):
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        if hasattr(cfg, "resume") and in_charge():         # it trains
+        if hasattr(cfg, "resume") and signal.getsignal(signal.SIGTERM) is stop:      # it trains, and `run` has started it
             lock(cfg.out)
-    except OSError as error:
-        raise UserError(f"--out {cfg.out} cannot be written ({error.strerror}); name a folder of your own")
     return device, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
@@ -712,13 +708,6 @@ def gather(x):
     return torch.cat(parts)
 
 
-@torch.no_grad()
-def share_first(tensors):
-    """Give all processes the first one's values, in place."""
-    for x in tensors if processes() > 1 else ():
-        dist.broadcast(x, 0)
-
-
 def sum_over_processes(tensors):
     """Add up tensors over all processes, in place and in one message."""
     if processes() > 1:
@@ -728,22 +717,18 @@ def sum_over_processes(tensors):
             x.copy_(part.view_as(x))
 
 
-def largest_of_processes(number):
-    """The largest of the processes' whole numbers."""
-    if processes() == 1:
-        return number
-    numbers = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    return int(numbers)
+def tell_all(value):
+    """[this value of each process]: any that can be pickled."""
+    values = [value] * processes()
+    if processes() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def share_out(function, items, title):
     """[function(item) of all items], each process doing a part of them; with a bar of this title."""
     done = [function(item) for item in tqdm(items[process()::processes()], desc=title, unit="batch", leave=False)]
-    if processes() == 1:
-        return done
-    parts = [None] * processes()
-    dist.all_gather_object(parts, done)
+    parts = tell_all(done)
     return [parts[i % len(parts)][i // len(parts)] for i in range(len(items))]
 
 
@@ -805,10 +790,8 @@ def train_mode(model, cfg):
     model.train()
     model.recompute = cfg.recompute
     if cfg.compile:
-        try:
+        with refuse("--compile does not work here", "leave it out"):      # a compiler, its headers or Triton may be missing
             torch.compile(torch.exp)(torch.zeros(1, device=model.device))
-        except Exception as error:                                # whatever is missing here: a compiler, its headers, Triton
-            raise UserError(f"--compile does not work here ({str(error).strip().splitlines()[0][:120]}); leave it out")
         for block in model.model.layers:
             block.compile(dynamic=True)                           # one piece of code for sequences of every length
 
@@ -857,11 +840,11 @@ def batch_indices(n, batch_size, step, seed):
 
 
 @first_alone
-def save_folder(folder, config, tensors):
-    """Write config.json and model.safetensors into folder, each whole or not at all."""
+def save_folder(folder, config, tensors, name="model.safetensors", **metadata):
+    """Write config.json and the tensors into folder, each whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    write_tensors(folder / name, tensors, {"format": "pt", **metadata})
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -870,7 +853,7 @@ def load_folder(folder, writer, expect):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; run `python {writer}` first, or name its --out")
-    try:
+    with refuse(f"{folder} is no whole model folder", f"bring back what it lacks, or train it again with `python {writer}`"):
         config = json.loads((folder / "config.json").read_text())
         found = config.get(expect[0]) if isinstance(config, dict) else None
         if found != expect[1]:
@@ -882,9 +865,6 @@ def load_folder(folder, writer, expect):
         tensors = {}
         for shard in sorted(shards):
             tensors |= read_tensors(folder / Path(shard).name)        # a name alone: no path leaves the folder
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{folder} is not a whole model folder ({error}); bring back what is missing, or train it again "
-                        f"with `python {writer}`")
     return config, tensors
 
 
@@ -912,14 +892,11 @@ def load_weights(make, tensors, folder):
     """The model that make() returns, with these tensors; a mismatch of names or sizes is the user's to mend.
 
     It is made on the meta device, which takes no memory for what a config.json asks."""
-    try:
+    with refuse(f"{folder}: weights and config.json do not belong together", "bring back those that do"):
         with torch.device("meta"):
             model = make()
         tensors = {k: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for k, v in tensors.items()}
         model.load_state_dict(tensors, strict=True, assign=True)
-    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: weights and config.json do not belong together ({detail}); bring back those that do")
     return model.eval()
 
 
@@ -991,11 +968,6 @@ def read_json(path):
         return None
 
 
-def is_made_by(recipe, folder):
-    """Whether folder/config.json holds this recipe."""
-    return read_json(folder / "config.json") == recipe
-
-
 def weights_hash(model):
     """Twelve hex digits that name a set of weights."""
     digest = hashlib.sha256()
@@ -1010,14 +982,6 @@ def folder_hash(folder):
     for path in sorted(Path(folder).glob("*model*.safetensors")):
         digest.update(digest_of(read_tensors(path), {}).encode())
     return digest.hexdigest()[:12]
-
-
-def has_hash(folder, name):
-    """Whether a model folder is there, whole, and of this hash."""
-    try:
-        return folder_hash(folder) == name
-    except (OSError, ValueError, SafetensorError):
-        return False
 
 
 # ---- States, stages and logs: what lets a killed run go on ---------------------------------------
@@ -1059,14 +1023,11 @@ def other_flags(progress, cfg):
 def load_state(folder, models, optimizers):
     """Restore what save_state wrote; returns its progress, the step among it, as a dict."""
     path = Path(folder) / "state.safetensors"
-    try:
+    with refuse(f"{path} does not fit this run", "use the flags it was started with, or start over without --resume"):
         tensors, progress = read_tensors(path), read_progress(folder)
         for i, model in enumerate(models):
             prefix = f"model.{i}."
             model.load_state_dict({k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)})
-    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} does not fit this run ({' '.join(str(error).split())[:120]}); "
-                        "use the flags it was started with, or leave out --resume, which starts over")
     for i, optimizer in enumerate(optimizers):
         whole = optimizer.state_dict()
         whole["state"] = {}
@@ -1084,11 +1045,9 @@ def check_resume(cfg, name):
     source = next((f for f in (partial, final) if (f / "state.safetensors").exists()), None)
     if not (cfg.resume and source):
         return None
-    try:
+    with refuse(f"{source}/state.safetensors is damaged", "leave out --resume, which starts over"):
         progress = read_progress(source)
         other, step = other_flags(progress, cfg), progress["step"]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{source}/state.safetensors is damaged ({str(error)[:120]}); leave out --resume, which starts over")
     if other:
         raise UserError(f"--resume: {source} was started with other values of {', '.join(other)}; use those, "
                         "or leave out --resume")
@@ -1111,7 +1070,8 @@ def begin_stage(cfg, name, models, optimizers):
 
     A stage works in out/NAME.partial and renames it to out/NAME when it is whole (`finish_stage`)."""
     final, partial = Path(cfg.out) / name, Path(cfg.out) / f"{name}.partial"
-    share_first(p for model in models for p in model.parameters())
+    for parameter in [p for model in models for p in model.parameters()] if processes() > 1 else ():
+        dist.broadcast(parameter.data, 0)                  # all begin with the first process's weights
     if source := check_resume(cfg, name):
         progress = load_state(source, models, optimizers)
         wait()
@@ -1130,12 +1090,10 @@ def read_log(path):
     """The lines of a JSONL log as dicts; one that is none, as a kill may leave the last, is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 
@@ -1162,17 +1120,18 @@ class Log:
 
     "seconds" counts from the loop's start, a resumed run's from where it was logged last."""
 
+    running = None                                         # the Log of the loop that is at work
+
     def __init__(self, path, title, steps, start=0):
         """Lines of an earlier run from step `start` on are dropped, the rest kept."""
         self.path, self.title, self.warned = Path(path), title, set()
         self.skipped = self.in_a_row = 0                   # steps without a finite gradient
         self.asked = self.stopping = 0                     # the signal that came; the same, once all processes know
-        self.watches = in_charge()                         # whether to wait for signals
         kept = [row for row in read_log(self.path) if row["step"] < start]
         first_alone(write_text)(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.began = time.time() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
         self.bar = tqdm(total=steps, initial=start, desc=title, unit="step", dynamic_ncols=True)
-        self.handle_signals(self.ask)
+        Log.running = self
 
     def __call__(self, step, show=(), **metrics):
         """Write all metrics; show the named ones on the bar."""
@@ -1188,7 +1147,7 @@ class Log:
         """At each step's end: count it if take_step left it out, and see whether a signal has come, to whatever process.
 
         Raises UserError at the fifth step in a row without a finite gradient."""
-        self.stopping = largest_of_processes(self.asked)
+        self.stopping = max(tell_all(self.asked))
         self.in_a_row = 0 if math.isfinite(grad_norm) else self.in_a_row + 1
         self.skipped += self.in_a_row > 0
         if self.in_a_row == 5:
@@ -1201,18 +1160,6 @@ class Log:
             self.warned.add(sentence)
             tqdm.write(f"{self.title}: {sentence}")
 
-    def handle_signals(self, handler):
-        """Let SIGINT and SIGTERM call this from now on."""
-        if self.watches:
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(signum, handler)
-
-    def ask(self, signum, frame):
-        """A signal's handler: the first asks for the end of the step; a second, seconds later, stops at once."""
-        if self.asked and time.time() - self.asked_at > 3:
-            raise Stopped(signum)
-        self.asked, self.asked_at = signum, time.time()
-
     def stop_if_asked(self):
         """Raise Stopped if a signal came; the step is done and its state saved by now."""
         if self.stopping:
@@ -1221,7 +1168,7 @@ class Log:
 
     def close(self):
         self.bar.close()
-        self.handle_signals(stop)
+        Log.running = None
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
@@ -1283,8 +1230,11 @@ def merged_state(model):
 
 
 @first_alone
-def save_adapter(folder, model, cfg, adapter):
-    """Write what add_lora lets train, in PEFT's format and names, beside the config.json of the whole model."""
+def save_tuned(folder, model, cfg, adapter=None):
+    """Write a fine-tuned GPT: the whole model, or of one with adapters only what add_lora lets train, in PEFT's format and
+    names, beside the config.json of the whole model; unless --lora-merge is given."""
+    if not adapter or cfg.lora_merge:
+        return model.save_pretrained(folder)
     state = {k: v for k, v in model.state_dict().items() if ".lora_" in k}
     new, first = {}, adapter.first_new
     if first is not None:
@@ -1294,50 +1244,36 @@ def save_adapter(folder, model, cfg, adapter):
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": adapter.folder,
               "r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "lora_dropout": cfg.lora_dropout, "bias": "none",
               "target_modules": list(cfg.lora_targets), "trainable_token_indices": new or None, "inference_mode": True}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.json", json.dumps(model.config_json(), indent=2) + "\n")
-    write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-    write_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in state.items()},
-                  {"format": "pt", "base": adapter.hash})
-
-
-def save_tuned(folder, model, cfg, adapter=None):
-    """Write a fine-tuned GPT: the whole model, or of one with adapters only these, unless --lora-merge is given."""
-    if adapter and not cfg.lora_merge:
-        save_adapter(folder, model, cfg, adapter)
-    else:
-        model.save_pretrained(folder)
+    save_folder(folder, model.config_json(), {f"base_model.model.{k}": v for k, v in state.items()},
+                "adapter_model.safetensors", base=adapter.hash)
+    write_text(Path(folder) / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def load_adapter(folder):
-    """The GPT of a folder that save_adapter wrote: its base, with new rows appended and adapters merged in.
+    """The GPT of a folder of adapters that save_tuned wrote: its base, with new rows appended and adapters merged in.
 
     The base is looked for where it was, then beside the adapter. Raises UserError if it is gone or another one now."""
     folder = Path(folder)
-    try:
+    with refuse(f"{folder} holds no adapter that was written here", "train it again"):
         config, whole = (json.loads((folder / f).read_text()) for f in ("adapter_config.json", "config.json"))
         weights = folder / "adapter_model.safetensors"
         tensors = {k.removeprefix("base_model.model."): v for k, v in read_tensors(weights).items()}
         base_hash = read_metadata(weights)["base"]
         base, scale = Path(config["base_model_name_or_path"]), config["lora_alpha"] / config["r"]
         whole = make_config(GPTConfig, whole, folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, SafetensorError,
-            UserError) as error:
-        raise UserError(f"{folder} holds no adapter that was written here ({error}); train it again")
-    beside = folder.parent / base.name                       # the two may have been moved together
-    found = [f for f in (base, beside) if has_hash(f, base_hash)]
+    found = None
+    for place in (base, folder.parent / base.name):          # the two may have been moved together
+        with contextlib.suppress(OSError, ValueError, SafetensorError):
+            found = found or (place if folder_hash(place) == base_hash else None)
     if not found:
         raise UserError(f"{folder} was trained over {base}, which is gone or another model now: bring that back, or train "
                         "the adapter again")
-    state = GPT.from_pretrained(found[0]).state_dict()
-    try:
+    state = GPT.from_pretrained(found).state_dict()
+    with refuse(f"{folder}: adapters and base do not belong together", "train it again"):
         for name, tensor in tensors.items():
             if name.endswith(".lora_A.weight"):
                 state[name.replace(".lora_A", "")] += scale * tensors[name.replace(".lora_A", ".lora_B")] @ tensor
             elif name.endswith(".token_adapter.trainable_tokens_delta"):
                 table = name.replace("token_adapter.trainable_tokens_delta", "weight")
                 state[table] = torch.cat([state[table][:whole.vocab_size - len(tensor)], tensor])
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"{folder}: adapters and base do not belong together ({error}); train it again")
     return load_weights(lambda: GPT(whole), state, folder)

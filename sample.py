@@ -19,6 +19,7 @@ The lesson, in order: what is measured, and how. For consultation: the finding r
 evaluation as a program; pictures; one's own images.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -36,12 +37,12 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data import (BODY_PHRASES, COMPANIONS, MODALITIES, MODALITY_PHRASES, BadRow, Finding, Phantoms, ask_whether,
+from data import (BODY_PHRASES, COMPANIONS, MODALITIES, MODALITY_PHRASES, Finding, Phantoms, ask_whether,
                   check_data, image_source, lexicon, match_findings, names_and_sides, open_data, read_findings, read_image,
                   read_term, spread_indices)
 from model import (RunConfig, UserError, arg, batch_indices, cli, get_lr, init_run, load_folder, load_weights, read_json,
-                   read_log, read_metadata, read_tensors, run, save_folder, set_lr, take_step, weights_hash, write_tensors,
-                   write_text)
+                   read_log, read_metadata, read_tensors, refuse, run, save_folder, set_lr, take_step, weights_hash,
+                   write_tensors, write_text)
 from dpo import BOTH_WAYS, read_pairs
 from sft import dice, draw_images, draw_masks, load_gpt, write_answers, write_reports
 from vqgan import VQGAN, encode_images, psnr, stack, to_images, to_pixels
@@ -339,13 +340,7 @@ def labels_of(record):
     return labels | {f"{k}:{getattr(record, k)}" for k in ("modality", "body_part") if getattr(record, k)}
 
 
-def reader_recipe(cfg):
-    """The flags that make a finding reader; another recipe trains another."""
-    return {"data": image_source(cfg), "channels": cfg.channels, "image_size": cfg.image_size, "seed": cfg.seed,
-            "records": cfg.records, "steps": cfg.reader_steps}
-
-
-def train_reader(records, folder, cfg, device, autocast):
+def train_reader(records, folder, recipe, cfg, device, autocast):
     """Train a finding reader on true images with known labels and write it to folder; False if there are no labels."""
     labels = sorted(set().union(*(labels_of(r) for r in records)))
     if not labels:
@@ -366,33 +361,31 @@ def train_reader(records, folder, cfg, device, autocast):
         with autocast():
             loss = F.binary_cross_entropy_with_logits(reader(x)[0].float(), targets[i].to(device))
         take_step(loss, reader.parameters(), [optimizer])
-    save_folder(folder, {"kind": "reader", "labels": labels, **reader_recipe(cfg)}, reader.state_dict())
+    save_folder(folder, {"kind": "reader", "labels": labels, **recipe}, reader.state_dict())
     return True
 
 
-def read_reader(cfg, device):
-    """The finding reader of cfg.out; None if it is missing, damaged or of another recipe."""
-    folder = Path(cfg.out) / "reader"
-    try:
+def read_reader(folder, recipe, device):
+    """The finding reader of a folder; None if it is missing, damaged or of other flags."""
+    with contextlib.suppress(UserError, KeyError, TypeError):
         config, tensors = load_folder(folder, "sample.py", ("kind", "reader"))
-        if not reader_recipe(cfg).items() <= config.items():
-            return None
-        labels = list(map(str, config["labels"]))
-        return load_weights(lambda: FindingReader(config["channels"], labels), tensors, folder).to(device)
-    except (UserError, KeyError, TypeError):
-        return None
+        if recipe.items() <= config.items():
+            labels = list(map(str, config["labels"]))
+            return load_weights(lambda: FindingReader(config["channels"], labels), tensors, folder).to(device)
 
 
 def load_reader(data, cfg, device, autocast):
     """The finding reader of cfg.out, trained first where there is none of this recipe; None without labels."""
-    if reader := read_reader(cfg, device):
+    folder, train = Path(cfg.out) / "reader", data["train"]
+    recipe = {"data": image_source(cfg), "channels": cfg.channels, "image_size": cfg.image_size, "seed": cfg.seed,
+              "records": cfg.records, "steps": cfg.reader_steps}
+    if reader := read_reader(folder, recipe, device):
         return reader
-    train = data["train"]
     if isinstance(train, Phantoms):          # other patients than the models', and no bias
         train = Phantoms("reader", min(12000, cfg.records), cfg.seed, 0.0, cfg.image_size, cfg.modalities)
     records = [train[int(i)] for i in tqdm(spread_indices(len(train), 12000), desc="the reader's images", leave=False)]
-    trained = train_reader(records, Path(cfg.out) / "reader", cfg, device, autocast)
-    return read_reader(cfg, device) if trained else None
+    trained = train_reader(records, folder, recipe, cfg, device, autocast)
+    return read_reader(folder, recipe, device) if trained else None
 
 
 @torch.no_grad()
@@ -448,13 +441,10 @@ def write_kept(path, metrics, recipe):
 
 def read_kept(path, recipe=None):
     """What write_kept wrote; None if there is nothing, another recipe made it or it is damaged."""
-    try:
+    with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         metadata, tensors = read_metadata(path), read_tensors(path)
         if recipe in (None, metadata["recipe"]):
             return {k: Metric(value, tensors[k].numpy(), n) for k, (value, n) in json.loads(metadata["values"]).items()}
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return None
 
 
 def evaluate_model(name, model, vocab, vqgan, bench, autocast):
@@ -505,7 +495,7 @@ def evaluate(cfg):
     sheets = [contact_sheet(loaded, vqgan, bench, autocast)]
     if "sft" in loaded and (Path(cfg.out) / "pairs").exists():
         sheets += pair_sheet(loaded["sft"][0], vqgan, bench)
-    stack_sheets(sheets).save(Path(cfg.out) / "samples.png")
+    in_columns(sheets, 1).save(Path(cfg.out) / "samples.png")
     preferred = names[-1] if chosen in ("sft", "control") else chosen           # these two have no preference curves
     curves(cfg.out, preferred).save(Path(cfg.out) / "curves.png")
     print_table(written, names, bench)
@@ -628,12 +618,15 @@ def pair_sheet(model, vqgan, bench, rows=3):
     return [lay_out(columns, bench.phrases)]
 
 
-def stack_sheets(sheets):
-    """PIL images below each other in one."""
-    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), PALE)
-    for i, sheet in enumerate(sheets):
-        whole.paste(sheet, (0, sum(s.height for s in sheets[:i])))
-    return whole
+def in_columns(pictures, columns=2):
+    """PIL images as one, row after row, each row as high as its first."""
+    rows = [pictures[i:i + columns] for i in range(0, len(pictures), columns)]
+    heights = [row[0].height for row in rows]
+    sheet = Image.new("RGB", (max((sum(p.width for p in row) for row in rows), default=1), max(1, sum(heights))), PALE)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            sheet.paste(picture, (sum(p.width for p in row[:j]), sum(heights[:i])))
+    return sheet
 
 
 # stage (the last: stage 2, under whatever name), what a panel shows with its unit, and the logged figures
@@ -655,15 +648,6 @@ def curves(out, model):
         if series:
             panels.append(plot(f"{stage or model}: {title}", "step", series))
     return in_columns(panels)
-
-
-def in_columns(panels, columns=2):
-    """Pictures of one size, row after row."""
-    w, h = panels[0].size if panels else (1, 1)
-    sheet = Image.new("RGB", (columns * w, max(1, math.ceil(len(panels) / columns)) * h), PALE)
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (i % columns * w, i // columns * h))
-    return sheet
 
 
 def ticks(low, high):
@@ -719,16 +703,6 @@ def plot(title, x_label, series, width=600, height=340, marked=False):
 # ---- For consultation: one's own images ----------------------------------------------------------
 
 
-def read_user_image(path, cfg):
-    """An image file named on the command line, as the vqgan takes it."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such file")
-    try:
-        return read_image(Path(path), cfg.image_size, cfg.channels)
-    except BadRow as why:
-        raise UserError(f"{path}: {why}")
-
-
 def answer_user(cfg):
     """The subcommands: report, ask, segment, generate."""
     command, *words = cfg.words
@@ -743,32 +717,27 @@ def answer_user(cfg):
     vqgan = load_vqgan_of(cfg, device)
     model, vocab = load_gpt(Path(cfg.out) / name, vqgan, device)
     options = decoding_of(cfg, cfg.temperature if cfg.sample or command == "generate" else 0.0)
+    files, images, said, tiles = {"report": words, "generate": []}.get(command, words[:1]), [], [], []
+    for file in files:
+        with refuse(f"{file} cannot be used", "name another"):
+            images.append(read_image(Path(file), cfg.image_size, cfg.channels))
+    codes = list(encode_images(images, vqgan, autocast)) if images else []
     with autocast():
         if command == "generate":
             drawn = draw_images(model, vocab, vqgan, [" ".join(words)] * cfg.count, cfg.guidance, **options)
             tiles = [tile(x, 256) for x in drawn]
-            return save_row(tiles, Path(cfg.out) / "generate.png")
-        files = words if command == "report" else words[:1]
-        images = [read_user_image(f, cfg) for f in files]
-        codes = list(encode_images(images, vqgan, autocast))
-        if command == "segment":
+        elif command == "segment":
             mask = draw_masks(model, vocab, vqgan, codes, words[1:])[0][0]
-            genuine = Image.fromarray(images[0]).convert("RGB").resize((256, 256))
-            return save_row([genuine, Image.fromarray(mask).convert("RGB").resize((256, 256))],
-                            Path(cfg.out) / "segment.png")
-        said = write_reports(model, vocab, codes, **options) if command == "report" else \
-            write_answers(model, vocab, codes, words[1:], **options)
+            tiles = [Image.fromarray(pixels).convert("RGB").resize((256, 256)) for pixels in (images[0], mask)]
+        elif command == "report":
+            said = write_reports(model, vocab, codes, **options)
+        else:
+            said = write_answers(model, vocab, codes, words[1:], **options)
     for file, text in zip(files, said):
         print(f"{file}: {text}" if len(files) > 1 else text)
-
-
-def save_row(tiles, path):
-    """PIL images side by side in one file."""
-    sheet = Image.new("RGB", (sum(t.width for t in tiles), tiles[0].height))
-    for i, t in enumerate(tiles):
-        sheet.paste(t, (i * t.width, 0))
-    sheet.save(path)
-    print(f"wrote {path}")
+    if tiles:
+        in_columns(tiles, len(tiles)).save(path := Path(cfg.out) / f"{command}.png")
+        print(f"wrote {path}")
 
 
 def main(argv=None):

@@ -32,7 +32,7 @@ import vqgan as vqgan_stage
 from data import Finding, data_name, fingerprint, image_source, lexicon, match_findings, open_data, read_findings
 from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_resume,
                    copy_folder, cli, config_for, finish_stage, first_alone, folder_hash, gather, generate, get_lr, init_run,
-                   is_made_by, make_optimizers, own, process, processes, read_tensors, run, run_flags, save_state,
+                   make_optimizers, own, process, processes, read_json, read_tensors, refuse, run, run_flags, save_state,
                    save_tuned, sequence_logps, set_lr, take_step, train_mode, trained_parameters, wait, weights_hash,
                    write_tensors, write_text)
 from vqgan import VQGAN, encode_images
@@ -460,12 +460,12 @@ def open_studies(cfg, records, vqgan, autocast):
     recipe = {"records": fingerprint(records), "vqgan": weights_hash(vqgan), "seed": cfg.seed, "dtype": cfg.dtype}
     folder, partial = Path(cfg.out) / "studies", Path(cfg.out) / "studies.partial"
     try:
-        studies = Studies(folder) if is_made_by(recipe, folder) else ()
+        studies = Studies(folder) if read_json(folder / "config.json") == recipe else ()
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         tqdm.write(f"{folder} is damaged ({error}) and is made anew")
         studies = ()
     if len(studies) != len(records):
-        if process() == 0 and not is_made_by(recipe, partial):
+        if process() == 0 and read_json(partial / "config.json") != recipe:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             write_text(partial / "config.json", json.dumps(recipe) + "\n")
@@ -522,10 +522,8 @@ def check_vqgan(model, vqgan, folder):
 def read_tokenizer(folder):
     """A folder's tokenizer.json. Raises UserError."""
     path = Path(folder) / "tokenizer.json"
-    try:
+    with refuse(f"{path} cannot be read", "bring back the one it came with"):
         return Tokenizer.from_file(str(path))
-    except Exception as error:        # tokenizers raises bare Exception for a missing or broken file
-        raise UserError(f"{path} cannot be read ({error}); bring back the one it came with")
 
 
 def extend_vocabulary(folder, codebook_size):

@@ -380,11 +380,10 @@ def train(cfg):
             log(step, ("loss", "psnr", "val/psnr"), **dict(zip(figures, means)), lr=optimizer.param_groups[0]["lr"], **held_out)
             log.warn(step > 200 and held_out["codebook/usage"] < 0.1, "over nine tenths of the codes are unused; lower --lr")
         log.bar.update()
-        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps or log.stopping:
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stopping:
             save_state(folder, step + 1, [vqgan, disc], [optimizer, d_optimizer], flags=run_flags(cfg))
         log.stop_if_asked()
     log.close()
-    save_state(folder, cfg.steps, [vqgan, disc], [optimizer, d_optimizer], flags=run_flags(cfg))
     vqgan.save_pretrained(folder)
     finish_stage(cfg, "vqgan")
     tqdm.write(f"wrote {cfg.out}/vqgan")

@@ -211,7 +211,7 @@ def is_sure(difference):
 def mean_cell(units, name, metric, marked=False):
     """The mean over seeds as text, "-" where one has no value; marked as `means_table` says."""
     found = entries_of(units, name, metric)
-    if None in found:
+    if None in found or not found:
         return "-"
     whole = metric.endswith(("distinct", "frechet")) or metric == "seconds"
     text = f"{np.mean([e['value'] for e in found]):.{0 if whole else 1 if metric.startswith('drift/') else 3}f}"

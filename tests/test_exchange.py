@@ -17,7 +17,7 @@ import sample
 import sft
 from conftest import figures_of
 from model import (GPT, Adapter, GPTConfig, LoRALinear, UserError, add_lora, folder_hash, generate, make_optimizers,
-                   merged_state, read_tensors, save_adapter, save_tuned)
+                   merged_state, read_tensors, save_tuned)
 from sft import Vocabulary, extend_vocabulary, load_gpt
 from vqgan import VQGAN
 
@@ -305,8 +305,8 @@ def test_lora_without_a_model_to_adapt_is_refused(begun):
 def test_an_adapter_comes_back_and_knows_its_base(gpt, tmp_path):
     gpt.save_pretrained(tmp_path / "first" / "base")
     adapter, cfg = adapt(gpt, tmp_path / "first" / "base", targets=("q_proj", "up_proj"))
-    save_adapter(tmp_path / "first" / "adapter", gpt, cfg, adapter)
-    save_adapter(tmp_path / "first" / "other", gpt, cfg, replace(adapter, hash="0" * 12))
+    save_tuned(tmp_path / "first" / "adapter", gpt, cfg, adapter)
+    save_tuned(tmp_path / "first" / "other", gpt, cfg, replace(adapter, hash="0" * 12))
     shutil.move(tmp_path / "first", tmp_path / "elsewhere")              # base and adapter were moved together
     again = GPT.from_pretrained(tmp_path / "elsewhere" / "adapter")
     assert_close(again(IDS), gpt(IDS), atol=1e-5, rtol=1e-5)
