@@ -283,13 +283,13 @@ def per_token_logps(model, ids, labels, rows=None):
     happens here. Returns (B, T-1) float32, 0 outside the response; its sum over dim 1 is the sequence
     log-probability. Uniform logits give -log(V) a token. Only response positions pass the output
     head: with short answers after long prompts that saves most of its cost.
-    Sequences of like length go through the model together, `rows` at a time and cut to their length: a
+    Sequences of like length go through the model together, `rows` at a time and cut to about their length: a
     third of a batch would be padding, and what 16 rows need stays in a CPU's cache (on a GPU 64 at a time)."""
     rows = rows or (64 if ids.is_cuda else 16)
     logps = torch.zeros(len(ids), ids.size(1) - 1, device=ids.device)
     lengths = ids.size(1) - (labels.flip(1) != -100).int().argmax(dim=1)          # up to the last response token
     for part in lengths.argsort(stable=True).split(rows):
-        end = int(lengths[part].max())
+        end = min(-(-int(lengths[part].max()) // 8) * 8, ids.size(1))             # few lengths: each has kernels of its own
         inputs = model, ids[part, :end], labels[part, :end]
         found, b, t = checkpoint(response_logps, *inputs, use_reentrant=False) if model.recompute else response_logps(*inputs)
         logps = logps.index_put((part[b], t), found)
@@ -631,6 +631,7 @@ def init_run(cfg):
         device = torch.device(device)
         torch.zeros(1, device=device)
     torch.manual_seed(cfg.seed)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")     # a CPU's kernels, one a shape: else a gigabyte of them
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
         torch.cpu.get_capabilities().get("avx512_bf16", False)
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and native
