@@ -75,8 +75,8 @@ def same_statement(a, b):
 
 
 def match_findings(stated, true):
-    """Counts of one report: findings stated, true, right, hallucinated (one on the wrong side too), on the wrong side; whether
-    all is exact."""
+    """Counts of one report: findings stated, true, right, hallucinated (on the wrong side too), on the wrong side; whether all
+    is exact."""
     stated, true = names_and_sides(stated), names_and_sides(true)
     missed = {name for name, side in true - stated if side}
     wrong_side = [name for name, side in stated - true if side and name in missed]

@@ -81,7 +81,8 @@ class DPOConfig(TuneConfig):
     steps: int = arg(300, "optimizer steps")
     batch_size: int = arg(16, "pairs a step", most=65536)
     pairs: int = arg(4800, "pairs to build, from as many training records")
-    distort: tuple = arg(("remove",), "kinds of distortion, one a record, drawn evenly: " + " ".join(DISTORTIONS), choices=DISTORTIONS)
+    distort: tuple = arg(("remove",), "kinds of distortion, one per record, drawn evenly: " + " ".join(DISTORTIONS),
+                         choices=DISTORTIONS)
     candidates: int = arg(4, "distorted images to try for a pair; the one that the SFT model notices least is taken")
     strength: int = arg(500, "noise and region-noise: DDPM step, 1 to 1000", most=1000)
     rejected: tuple = arg(("distorted",), "what the SFT model is shown when it writes the rejected report, mixed evenly: the "
@@ -90,8 +91,8 @@ class DPOConfig(TuneConfig):
     pair_temperature: float = arg(1.0, "temperature of the SFT model's reports and masks")
     flip_pairs: float = arg(0.0, "share of pairs whose two reports or masks are compared the wrong way round, as in noisy data "
                             "(and so logged); all other terms stay as they are", most=1)
-    curriculum: str = arg("none", "order of three thirds of the pairs, each with a learning-rate schedule of its own: easy-first or "
-                          "hard-first, by semantic entropy, or shuffled; none: all at once (mfpo: easy-first)",
+    curriculum: str = arg("none", "order of the pairs' three thirds, each with a learning-rate schedule of its own: easy-first "
+                          "or hard-first, by semantic entropy, or shuffled; none: all at once (mfpo: easy-first)",
                           choices=("none", "easy-first", "hard-first", "shuffled"))
     entropy_samples: int = arg(5, "reports sampled for the semantic entropy of an image")
     proposals: int = arg(4, "rndpo: masks that the SFT model draws of one structure; the judge ranks them by their "
@@ -324,7 +325,8 @@ def objective_loss(ratios, keep, cfg):
 # ---- The lesson: pairs, built once, in out/pairs, for every objective ----------------------------
 
 
-# load_or_build_pairs: build_pairs -> least_noticed -> add_questions -> add_missing; then train: set_responses -> pairs_that_count
+# load_or_build_pairs calls build_pairs -> least_noticed -> add_questions -> add_missing (reports, masks);
+# then train calls set_responses -> pairs_that_count
 
 
 def scrambled(pair):
@@ -535,7 +537,7 @@ def schedule(cfg, step):
 
 
 def chosen_nll(policy_sums, asked, cfg):
-    """Mean negative log-probability of the chosen sequences' tokens, in nats. asked (B,), 0 or 1: whether a pair has a question."""
+    """Mean negative log-probability of the chosen sequences' tokens, in nats. asked (B,): 1 where a pair has a question, else 0."""
     nats = tokens = 0
     for name in chosen_of(cfg):
         counts = asked if name == "answer_chosen" else torch.ones_like(asked)
@@ -603,7 +605,8 @@ def train(cfg):
         with autocast():
             policy_sums = sum_logps(model, *pair_batch(pairs, own(indices).tolist(), sequences, vocab, device), sequences)
             rehearsal = response_loss(model, *rehearsal_batch(studies, cfg, vocab, step, device))
-        policy_sums = {k: Sums(*gather(torch.stack(sums, dim=1)).unbind(1)) for k, sums in policy_sums.items()}   # of all processes
+        # of all processes' pairs
+        policy_sums = {k: Sums(*gather(torch.stack(sums, dim=1)).unbind(1)) for k, sums in policy_sums.items()}
         ratios = log_ratios(policy_sums, reference_sums, indices)
         preference, terms, contrasts = objective_loss(ratios, {k: v[indices] for k, v in keep.items()}, cfg)
         nll = chosen_nll(policy_sums, asked[indices], cfg)

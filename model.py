@@ -475,8 +475,8 @@ def run(main):
             fail(f"another process of this run has ended ({str(error).splitlines()[0][:100]}); what it said is the cause")
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        fail("out of memory; sft.py and dpo.py need less with --recompute, which goes on with --resume too; or start over with a "
-             "smaller --batch-size")
+        fail("out of memory; sft.py and dpo.py need less with --recompute, which goes on with --resume too; or start over with "
+             "a smaller --batch-size")
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

@@ -544,7 +544,7 @@ TILE, COLUMN, LINE = 168, 236, 16            # pixels: an image, the column it s
 
 
 class Column(NamedTuple):
-    """One column of a sheet: a title, and for each row an image, a text, and what the text may state, each where there is one."""
+    """One column of a sheet: a title, and for each row an image, a text and what the text may state."""
 
     title: str
     pixels: torch.Tensor | None          # (n, C, H, W) in [-1, 1]

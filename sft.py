@@ -321,7 +321,7 @@ def response_loss(model, ids, labels):
 
 @torch.no_grad()
 def validate(model, studies, tasks, vocab, phrases):
-    """Held-out studies: the loss of each of the tasks and their plain mean and, where findings are known, F1 of greedy reports."""
+    """Held-out studies: the loss of each task, their plain mean and, where findings are known, F1 of greedy reports."""
     model.eval()                      # LoRA's dropout is for training
     result, rng = {}, np.random.default_rng(0)
     for task in tasks:
@@ -376,7 +376,8 @@ def train(cfg):
         raise UserError(f"--resume: {folder} was started from another {cfg.init}; leave out --resume")
     start, best_score = progress.get("step", 0), progress.get("best_score", -float("inf"))
     log = Log(f"{cfg.out}/sft.jsonl", "sft", cfg.steps, start)
-    save = lambda step: save_state(folder, step, [trained], optimizers, best_score=best_score, flags=run_flags(cfg), base=base_hash)
+    save = lambda step: save_state(folder, step, [trained], optimizers, best_score=best_score, flags=run_flags(cfg),
+                                   base=base_hash)
     for step in range(start, cfg.steps):
         set_lr(optimizers, get_lr(step, cfg.steps, warmup=40))
         torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike

@@ -109,7 +109,7 @@ def check_command(words, parsers, open_end=False):
     name, *argv = rest[1:] if rest[0] == "-m" else rest
     if name == "pytest":
         assert all((ROOT / word).exists() for word in argv if not word.startswith("-")), words
-    elif name in ("tests.fuzz", "tests.kill"):
+    elif name in ("tests.fuzz", "tests.kill", "tests.pictures"):
         assert (ROOT / f"{name.replace('.', '/')}.py").exists()
     elif name == "tests.bench":
         assert {*argv} <= {*bench.WORK, "growth"}, words
@@ -124,7 +124,7 @@ def check_command(words, parsers, open_end=False):
 def test_every_block_says_its_language(text):
     """Else no test would look into it."""
     fences = re.findall(r"^```(.*)$", text, re.M)
-    assert len(fences) % 2 == 0 and set(fences[::2]) <= {"sh", "python", "json", "text"} and set(fences[1::2]) == {""}
+    assert len(fences) % 2 == 0 and set(fences[::2]) <= {"sh", "python", "json", "text", "diff"} and set(fences[1::2]) == {""}
 
 
 def test_the_readme_is_short():
