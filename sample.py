@@ -504,18 +504,28 @@ def evaluate(cfg):
 
 
 def print_table(written, names, bench):
-    """One line a metric, one column a model; 95 % intervals in brackets; the difference to the control last."""
-    show = lambda m: "-" if m is None or m["value"] is None else f"{m['value']:.3f}" if m["low"] is None \
-        else f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]"
+    """One line a metric, one column a model, the differences to the control last. 95 % intervals in brackets: of the
+    differences where there are any, else of the models (eval.json has all); * where one excludes 0."""
+    differences = [n for n in written if n.endswith(" minus control")]
+
+    def show(m, name=""):
+        if m is None or m["value"] is None:
+            return "-"
+        text = f"{m['value']:.3f}"
+        if m["low"] is not None and (name in differences or not differences):
+            text += f" [{m['low']:.3f}, {m['high']:.3f}]" + "*" * (name in differences and m["low"] * m["high"] > 0)
+        return text
+
     print(f"\nimage tokenizer, n = {len(bench.records)}")
     width = max(map(len, written["vqgan"]), default=0) + 2
     print("".join(f"  {k:<{width}}{show(m)}\n" for k, m in written["vqgan"].items()))
-    columns = names + [n for n in written if n.endswith(" minus control")]
-    print("  ".join([f"{'metric':<34}", *(f"{c:<24}" for c in columns)]))
+    widths = {name: max(len(name), 8 if differences and name in names else 24) for name in (*names, *differences)}
+    print("  ".join([f"{'metric':<28}", *(f"{name:<{w}}" for name, w in widths.items())]).rstrip())
     for metric in dict.fromkeys(k for name in names for k in written[name]):
-        print("  ".join([f"{metric:<34}", *(f"{show(written[c].get(metric)):<24}" for c in columns)]).rstrip())
-    print(f"\nn = {len(bench.records)} test records; chair, companion, laterality, extra, missing: "
-          "lower is better\n[95 % bootstrap interval; differences are paired]. Not for clinical use.")
+        cells = [f"{show(written[name].get(metric), name):<{w}}" for name, w in widths.items()]
+        print("  ".join([f"{metric:<28}", *cells]).rstrip())
+    print(f"\nn = {len(bench.records)} test records; chair, companion, laterality, extra, missing, frechet: lower is better\n"
+          "[95 % bootstrap interval; differences are paired]. Not for clinical use.")
 
 
 # ---- For consultation: pictures ------------------------------------------------------------------

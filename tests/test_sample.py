@@ -354,6 +354,19 @@ def test_curves_show_stage_2_under_its_name(trained, tmp_path):
     assert whole.height == 2 * without.height > 0 and whole.height == sample.curves(trained, "bidpo").height
 
 
+def test_the_table_shows_the_intervals_of_differences_where_there_are_any(capsys):
+    m = lambda value, low, high: {"value": value, "low": low, "high": high}
+    written = {"vqgan": {}, "sft": {"a": m(0.5, 0.4, 0.6), "b": m(7.0, None, None)}}
+    show = lambda written: [line.split() for line in (sample.print_table(written, [n for n in written if n in ("sft", "dpo")],
+                                                      SimpleNamespace(records=[])), capsys.readouterr().out)[1].splitlines()]
+    assert [["a", "0.500", "[0.400,", "0.600]"], ["b", "7.000"]] == [row for row in show(written) if row[:1] in (["a"], ["b"])]
+    written |= {"dpo": {"a": m(0.3, 0.2, 0.4)}, "dpo minus control": {"a": m(-0.2, -0.3, -0.1)}}
+    lines = show(written)
+    assert ["a", "0.500", "0.300", "-0.200", "[-0.300,", "-0.100]*"] in lines and ["b", "7.000", "-", "-"] in lines
+    written["dpo minus control"]["a"]["high"] = 0.1
+    assert ["a", "0.500", "0.300", "-0.200", "[-0.300,", "0.100]"] in show(written)
+
+
 def test_ticks_are_round_numbers_inside_the_range():
     assert np.allclose(sample.ticks(0, 1), [0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert np.allclose(sample.ticks(-73, 12), [-60, -40, -20, 0])
