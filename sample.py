@@ -543,10 +543,10 @@ def tile(pixels, size):
 
 
 def worth_showing(bench, n):
-    """n records to show: first those that tempt to state a companion, then those with several findings."""
+    """n records to show: first those that tempt to state a companion and show little else, then those with several findings."""
     tempting = count_companions([()] * len(bench.records), bench.records)[0]
     order = sorted(range(len(bench.records)), key=lambda i: -len(bench.records[i].findings or ()))
-    first = [i for i in order if tempting[i]][:n - n // 3]
+    first = [i for i in order[::-1] if tempting[i]][:n - n // 3]
     return (first + [i for i in order if i not in first])[:n]
 
 

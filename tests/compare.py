@@ -105,8 +105,9 @@ def held_out_margins(cfg, names, n=400):
     {name: {"held_out/CONTRAST": {"value": mean log-ratio in nats, without β}}}, CONTRAST text or text_given (claim 3)."""
     device, autocast = init_run(cfg)
     model, vocab, vqgan = dpo.load_sft(cfg, device)
-    records, sequences = open_data(cfg)["val"], ("text_chosen", "text_rejected", "text_given")
-    n = min(n, len(records))
+    val, sequences = open_data(cfg)["val"], ("text_chosen", "text_rejected", "text_given")
+    records = [val[i] for i in range(min(n, len(val)))]
+    n = len(records)
     cfg = dataclasses.replace(cfg, pairs=n, candidates=1)
     pairs = dpo.build_pairs(records, sft.encode_records(records, range(n), vqgan, cfg.seed, autocast), cfg, vqgan, None, autocast)
     with autocast():
