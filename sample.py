@@ -542,12 +542,16 @@ def tile(pixels, size):
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).convert("RGB").resize((size, size))
 
 
-def worth_showing(bench, n):
-    """n records to show: first those that tempt to state a companion and show little else, then those with several findings."""
-    tempting = count_companions([()] * len(bench.records), bench.records)[0]
-    order = sorted(range(len(bench.records)), key=lambda i: -len(bench.records[i].findings or ()))
-    first = [i for i in order[::-1] if tempting[i]][:n - n // 3]
-    return (first + [i for i in order if i not in first])[:n]
+def worth_showing(bench, n, model, vocab):
+    """n records to show: up to two thirds on which the model states a companion that is not there, one a trigger and few
+    findings first; then those with most findings."""
+    records = bench.records
+    fullest = sorted(range(len(records)), key=lambda i: -len(records[i].findings or ()))
+    tempting = [i for i in fullest[::-1] if any(not there for _, _, there in triggers_of(records[i]))][:100]
+    said = write_reports(model, vocab, [bench.codes[i] for i in tempting]) if tempting else []
+    fooled = {triggers_of(records[i])[0][0].name: i for i, text in [*zip(tempting, said)][::-1]
+              if count_companions([read_findings(text, bench.phrases)], [records[i]])[1].any()}
+    return list(dict.fromkeys([*list(fooled.values())[:n - n // 3], *fullest]))[:n]
 
 
 TILE, COLUMN, LINE = 168, 236, 16            # pixels: an image, the column it stands in, a line of text
@@ -593,9 +597,10 @@ def lay_out(columns, phrases):
     return sheet
 
 
-def contact_sheet(loaded, vqgan, bench, autocast, rows=3):
+def contact_sheet(loaded, vqgan, bench, autocast, rows=4):
     """Test images with their true reports, and of each model what it draws for that report and what it reports of the image."""
-    shown = worth_showing(bench, min(rows, len(bench.records)))
+    with autocast():
+        shown = worth_showing(bench, min(rows, len(bench.records)), *next(iter(loaded.values())))
     records, codes = [bench.records[i] for i in shown], bench.codes[shown]
     decoded = vqgan.decode(torch.as_tensor(codes, device=bench.pixels.device).long())
     texts, nothing = [r.text for r in records], [""] * len(records)
@@ -608,7 +613,7 @@ def contact_sheet(loaded, vqgan, bench, autocast, rows=3):
     return lay_out(columns, bench.phrases)
 
 
-def pair_sheet(model, vqgan, bench, rows=3):
+def pair_sheet(model, vqgan, bench, rows=2):
     """Pairs of out/pairs: the genuine study, its twin, and what the SFT model wrote; [] if of another SFT model."""
     folder = Path(bench.cfg.out) / "pairs"
     recipe = read_json(folder / "config.json")

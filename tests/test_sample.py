@@ -384,7 +384,7 @@ def test_the_sheet_of_pairs_shows_those_of_this_sft_model(trained):
     model, vqgan = GPT.from_pretrained(trained / "sft"), VQGAN.from_pretrained(trained / "vqgan")
     bench = SimpleNamespace(cfg=sample.SampleConfig(out=str(trained)), pixels=torch.zeros(1), phrases=PHRASES)
     sheet, = sample.pair_sheet(model, vqgan, bench)
-    assert sheet.width == 3 * sample.COLUMN and sheet.height > 26 + 3 * sample.TILE          # a study, its twin, a rejected report
+    assert sheet.width == 3 * sample.COLUMN and sheet.height > 26 + 2 * sample.TILE          # a study, its twin, a rejected report
     with torch.no_grad():
         model.model.norm.weight.add_(0.1)
     assert sample.pair_sheet(model, vqgan, bench) == []
