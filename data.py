@@ -655,6 +655,7 @@ def read_image(path, size, channels, is_mask=False):
 
     16-bit gray is scaled, transparency laid on black, palettes and CMYK converted. The header is checked
     before any pixel is decoded. Raises BadRow."""
+    path = Path(path)
     try:
         if path.stat().st_size == 0:
             raise BadRow("the file is empty")

@@ -525,7 +525,8 @@ def print_table(written, names, bench):
         cells = [f"{show(written[name].get(metric), name):<{w}}" for name, w in widths.items()]
         print("  ".join([f"{metric:<28}", *cells]).rstrip())
     print(f"\nn = {len(bench.records)} test records; chair, companion, laterality, extra, missing, frechet: lower is better\n"
-          "[95 % bootstrap interval; differences are paired]. Not for clinical use.")
+          "[95 % bootstrap interval; differences are paired]; * where a difference's excludes 0, for better or worse. Not for "
+          "clinical use.")
 
 
 # ---- For consultation: pictures ------------------------------------------------------------------

@@ -8,6 +8,7 @@ The contact sheet and the curves are `python sample.py`'s, the comparison's pict
 
 import argparse
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import sample
 import sft
-from data import Phantoms, add_noise, distort, names_and_sides
+from data import Finding, Phantoms, add_noise, distort, draw, names_and_sides
 from model import RunConfig, init_run, run, sequence_logps
 from vqgan import encode_images
 
@@ -84,7 +85,6 @@ def method(vqgan, autocast):
     s.words(20, 12, "1  An image becomes codes", size=18)
     s.picture(24, 48, record.image, 130)
     s.arrow(162, 113, 204, 113)
-    s.words(183, 92, "vqgan.py", GRAY, 13, "mm")
     s.codes(212, 49, codes, 16, side)
     s.words(24, 186, say(record.text), size=13)
     s.words(400, 12, "2  Codes and words are one sequence, read in two directions", size=18)
@@ -113,20 +113,20 @@ def method(vqgan, autocast):
     s.words(24, 640, "The twin stands on the rejected side only.", GRAY, 13)
 
     s.words(400, 276, "4  Six contrasts: what is genuine must become likelier than ...", size=18)
-    s.words(560, 312, "... the twin's response", RED)
+    s.words(560, 312, "... the twin's response (y_l: SFT's report of m')", RED)
     s.words(870, 312, "... under the twin's condition", RED)
     report, other = record.text.split(". ", 1)[1], twin.text.split(". ", 1)[1]
-    rows = (("reading", [("m", "y"), ("m", "y'"), ("m'", "y")]), ("drawing", [("y", "m"), ("y", "m'"), ("y'", "m")]),
-            ("answering", [("m, q", "a"), ("m, q", "a'"), ("m', q", "a")]))
+    rows = (("reading", [("m", "y"), ("m", "y_l"), ("m'", "y")]), ("drawing", [("y", "m"), ("y", "m'"), ("y'", "m")]),
+            ("answering", [("q, m", "a"), ("q, m", "a'"), ("q, m'", "a")]))
     pictures = {"m": (record.image, BLUE), "m'": (twin.image, RED)}
-    texts = {"y": report, "y'": other, "a": twin.answers[0], "a'": twin.answers[1]}
+    texts = {"y": report, "y'": other, "y_l": other, "a": twin.answers[0], "a'": twin.answers[1]}
 
     def part(x, y, name):
-        key = name.split(",")[0]
+        key = name.split(", ")[-1]
         if key in pictures:
             s.picture(x, y, pictures[key][0], 62, pictures[key][1])
         else:
-            s.words(x, y - 2, textwrap.fill(texts[name], 16), RED if "'" in name else BLUE, 13)
+            s.words(x, y - 2, textwrap.fill(texts[name], 16), RED if "'" in name or name == "y_l" else BLUE, 13)
 
     for i, (title, pairs) in enumerate(rows):
         y = 346 + 112 * i
@@ -181,31 +181,35 @@ def cost_of_hiding(model, vocab, codes, noise, before, sentence, autocast):
     return (cost / count).reshape(side, side), float(logps[0])
 
 
-def occlusion(out, names, vqgan, device, autocast):
-    """Rows: a finding that is there, and one that only the habit suggests. Columns: image, then each model's map."""
-    record, twin = a_study(vqgan.config.image_size)
-    drowned = add_noise(record.image, np.random.default_rng(0), 1000)
-    genuine, distorted, noise = encode_images([record.image, twin.image, drowned], vqgan, autocast)
-    sentences = [x.strip(". ") + "." for x in record.text.split(". ")]
-    at = next(i for i, x in enumerate(sentences) if "effusion" in x)
-    before, sentence = " ".join(sentences[:at]), sentences[at]
-    s, size = Sheet(250 * (1 + len(names)), 590), 220
-    s.words(10, 6, f'What "{sentence}" costs, in nats, as a part of the image is hidden (red: it becomes less likely, blue: likelier)')
-    for y, image, codes, what in ((40, record.image, genuine, "effusion there"), (330, twin.image, distorted, "no effusion: only habit speaks for it")):
-        s.picture(10, y, image, size)
+def occlusion(out, names, vqgan, device, autocast, n=24):
+    """Rows: an enlarged heart with a small effusion, and without. Columns: the mean of n patients, then each model's mean map."""
+    px, records = vqgan.config.image_size, Phantoms("test", 4000, bias=0, size=vqgan.config.image_size)
+    alone = [r for r in records if {f.name for f in r.findings} == {"cardiomegaly"}][:n]
+    effusion = Finding("effusion", "left", "small")
+    with_it = [draw(replace(r.spec, findings=(*r.spec.findings, effusion)), px)[0] for r in alone]
+    before, sentence = "Chest radiograph. Enlarged heart.", "Small left pleural effusion."
+    noise, = encode_images([add_noise(np.full((px, px), 128, np.uint8), np.random.default_rng(0), 1000)], vqgan, autocast)
+    s, size = Sheet(250 * (1 + len(names)), 606), 220
+    s.words(10, 6, f'How likely "{sentence}" is after "{before}", and where that comes from,\n'
+                   f"mean of {n} patients. Hiding what is red makes it less likely, what is blue likelier (full colour: 3 nats).")
+    for y, shown, what in ((52, with_it, "heart and effusion"), (342, [r.image for r in alone], "heart alone: habit tempts")):
+        mean = np.mean(shown, axis=0).astype(np.uint8)
+        s.picture(10, y, mean, size)
         s.words(10, y + size + 6, what)
         for j, name in enumerate(names):
             model, vocab = sft.load_gpt(Path(out) / name, vqgan, device)
-            cost, logp = cost_of_hiding(model, vocab, codes, noise, before, sentence, autocast)
-            strength = np.clip(np.abs(cost) / 3, 0, 1)[..., None]
-            colour = np.where(cost[..., None] > 0, np.array(RED), np.array(BLUE))
-            base = np.asarray(Image.fromarray(image).convert("RGB").resize((size, size)), float)
-            fine = lambda a: np.stack([np.asarray(Image.fromarray(c.astype(np.float32)).resize((size, size), Image.BILINEAR))
-                                       for c in np.moveaxis(a, -1, 0)], -1)
-            mixed = base + (fine(colour.astype(float)) - base) * 0.75 * fine(strength)
-            s.picture(250 * (1 + j) + 10, y, mixed.clip(0, 255).astype(np.uint8), size)
-            s.words(250 * (1 + j) + 10, y + size + 6, f"{name}: log-probability {logp:.2f}")
+            found = [cost_of_hiding(model, vocab, c, noise, before, sentence, autocast) for c in encode_images(shown, vqgan, autocast)]
+            cost, logp = np.mean([f[0] for f in found], axis=0), np.mean([f[1] for f in found])
+            s.picture(250 * (1 + j) + 10, y, overlay(mean, cost / 3, size), size)
+            s.words(250 * (1 + j) + 10, y + size + 6, f"{name}: {logp:.1f} nats")
     return s.image
+
+
+def overlay(image, strength, size):
+    """A gray image, red where strength (h, w) is above 0, blue where below, most so at 1."""
+    base = np.asarray(Image.fromarray(image).convert("RGB").resize((size, size)), float)
+    fine = np.asarray(Image.fromarray(strength.astype(np.float32)).resize((size, size), Image.BILINEAR))[..., None].clip(-1, 1)
+    return (base + (np.where(fine > 0, np.array(RED), np.array(BLUE)) - base) * 0.75 * np.abs(fine)).clip(0, 255).astype(np.uint8)
 
 
 def main():
@@ -216,7 +220,7 @@ def main():
     args = parser.parse_args()
     device, autocast = init_run(RunConfig(out=str(args.out)))
     vqgan = sft.load_vqgan(RunConfig(out=str(args.out)), device)
-    save = lambda image, name: image.quantize(128).save(args.to / name, optimize=True)              # a third of the bytes
+    save = lambda image, name: image.quantize(256).save(args.to / name, optimize=True)              # a third of the bytes
     save(method(vqgan, autocast), "method.png")
     save(codebook(vqgan, autocast), "codebook.png")
     save(occlusion(args.out, ["sft", "control", "bidpo"], vqgan, device, autocast), "occlusion.png")

@@ -4,6 +4,7 @@ result files'. Commands are parsed with the programs' own flags; only those for 
 import argparse
 import ast
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -102,7 +103,7 @@ def check_command(words, parsers, open_end=False):
     """Fail unless a command is one of ours whose flags exist with values in range, or prepares for one.
 
     With an open end its last flag may still lack its value."""
-    program, *rest = words
+    program, *rest = itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words)         # OMP_NUM_THREADS=1
     if program in ("mkdir", "cp") or program.endswith("pip"):
         return
     assert program in ("python", "python3", ".venv/bin/python") and rest, words
@@ -194,7 +195,7 @@ def test_a_wrong_command_is_noticed(parsers):
 @BOTH
 def test_every_flag_named_in_prose_exists(text, parsers):
     """And takes the values that stand behind it, unless these are to be filled in (X, N)."""
-    known = {"--help", "--nproc-per-node"}.union(*(re.findall(r"--[a-z][\w-]*", parser.format_usage()) for parser in parsers.values()))
+    known = {"--help", "--nproc-per-node", "--to"}.union(*(re.findall(r"--[a-z][\w-]*", parser.format_usage()) for parser in parsers.values()))
     assert {"--resume", "--text-given-weight", "--recipes", "--base"} <= known
     for code in inline(text):
         named = re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
