@@ -622,7 +622,7 @@ def train(cfg):
                       **contrast_metrics(ratios, policy_sums, contrasts, cfg)}
             log(step, ("loss", *(f"rewards_{k}/margins" for k in contrasts)), loss=loss.detach(), grad_norm=grad_norm,
                 lr=optimizers[-1].param_groups[0]["lr"], **{k: v.detach() for k, v in logged.items()})
-            log.warn(any(c.margin.abs().mean() > 30 for c in contrasts.values()),
+            log.warn(any(masked_mean(c.margin.abs(), c.keep) > 30 for c in contrasts.values()),
                      "margins are over 30: the model is far from its reference; lower --beta or the learning rates")
         log.bar.update()
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stopping:

@@ -478,6 +478,7 @@ def run(main):
         fail("out of memory; sft.py and dpo.py need less with --recompute, which goes on with --resume too; or start over with "
              "a smaller --batch-size")
     finally:
+        Log.running = None
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
@@ -791,6 +792,8 @@ def train_mode(model, cfg):
     model.train()
     model.recompute = cfg.recompute
     if cfg.compile:
+        from torch._functorch import config as functorch
+        functorch.donated_buffer = False                          # dpo.py's gradient_norms goes back through a graph twice
         with refuse("--compile does not work here", "leave it out"):      # a compiler, its headers or Triton may be missing
             torch.compile(torch.exp)(torch.zeros(1, device=model.device))
         for block in model.model.layers:
@@ -1165,11 +1168,13 @@ class Log:
         """Raise Stopped if a signal came; the step is done and its state saved by now."""
         if self.stopping:
             self.close()
-            raise Stopped(self.stopping)
 
     def close(self):
+        """End the watch over a loop. Raises Stopped for a signal that came after the last step was counted, too."""
         self.bar.close()
         Log.running = None
+        if asked := max(tell_all(self.asked)):
+            raise Stopped(asked)
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------

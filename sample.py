@@ -550,8 +550,12 @@ def worth_showing(bench, n, model, vocab):
     fullest = sorted(range(len(records)), key=lambda i: -len(records[i].findings or ()))
     tempting = [i for i in fullest[::-1] if any(not there for _, _, there in triggers_of(records[i]))][:100]
     said = write_reports(model, vocab, [bench.codes[i] for i in tempting]) if tempting else []
-    fooled = {triggers_of(records[i])[0][0].name: i for i, text in [*zip(tempting, said)][::-1]
-              if count_companions([read_findings(text, bench.phrases)], [records[i]])[1].any()}
+    fooled = {}
+    for i, text in zip(tempting, said):
+        stated = names_and_sides(read_findings(text, bench.phrases))
+        for trigger, c, there in triggers_of(records[i]):
+            if not there and (c.name, c.side) in stated:
+                fooled.setdefault(trigger.name, i)
     return list(dict.fromkeys([*list(fooled.values())[:n - n // 3], *fullest]))[:n]
 
 
@@ -660,7 +664,8 @@ def curves(out, model):
     panels = []
     for stage, title, names in PANELS:
         rows = read_log(Path(out) / f"{stage or model}.jsonl")
-        series = {n: points for n in names if len(points := [(r["step"], r[n]) for r in rows if n in r]) > 1}
+        finite = lambda n: [(r["step"], r[n]) for r in rows if n in r and math.isfinite(r[n])]
+        series = {n: points for n in names if len(points := finite(n)) > 1}
         if series:
             panels.append(plot(f"{stage or model}: {title}", "step", series))
     return in_columns(panels)
@@ -695,7 +700,8 @@ def plot(title, x_label, series, width=600, height=340, marked=False):
         x += 30 + pen.textlength(name, small)
     left, top, right, bottom = 58, y + 24, width - 16, height - 40
     xs, ys = zip(*(p for points in series.values() for p in points))
-    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1e-9), min(ys), max(max(ys), min(ys) + 1e-9)
+    above = lambda values: max(max(values), min(values) + 1e-9 * max(1, abs(min(values))))
+    x0, x1, y0, y1 = min(xs), above(xs), min(ys), above(ys)
     dx, dy = (0.04 * (x1 - x0), 0.04 * (y1 - y0)) if marked else (0, 0.02 * (y1 - y0))
     x0, x1, y0, y1 = x0 - dx, x1 + dx, y0 - dy, y1 + dy
     at = lambda p: (left + (p[0] - x0) / (x1 - x0) * (right - left), bottom - (p[1] - y0) / (y1 - y0) * (bottom - top))

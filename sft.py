@@ -334,7 +334,7 @@ def validate(model, studies, tasks, vocab, phrases):
                 tokens += (labels != -100).sum().item()
             result[f"val/loss_{task}"] = nats / tokens
     result["val/loss"] = sum(result.values()) / len(result)
-    known = [s for s in studies if s.findings is not None and "report" in s.tasks]
+    known = [s for s in studies if s.findings is not None and "report" in s.tasks and "report" in tasks]
     if known and phrases:
         texts = write_reports(model, vocab, [s.codes for s in known])
         counts = [match_findings(read_findings(t, phrases), s.findings) for t, s in zip(texts, known)]
@@ -364,8 +364,9 @@ def train(cfg):
     tasks = [t for t in TASKS if shares[t] > 0]
     studies = studies.serving(tasks)
     val = encode_records(data["val"], range(min(cfg.val_records, len(data["val"]))), vqgan, cfg.seed, autocast)
-    if not len(studies):
-        raise UserError("no training record serves a task whose share is above 0; raise --report-share or another")
+    if not len(studies) or not any(t in tasks for s in val for t in s.tasks):
+        raise UserError("no training record, or no validation record, serves a task whose share is above 0; raise "
+                        "--report-share or another")
 
     phrases, trained = lexicon(data["train"]), trained_parameters(model)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, cfg.weight_decay)

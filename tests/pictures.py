@@ -144,7 +144,7 @@ def codebook(vqgan, autocast, n=2000):
     images = [r.image for r in Phantoms("test", n, bias=0, size=vqgan.config.image_size)]
     codes = torch.tensor(encode_images(images, vqgan, autocast)).long()
     with autocast():
-        pixels = torch.cat([vqgan.decode(part).float() for part in codes.split(64)])
+        pixels = torch.cat([vqgan.decode(part.to(vqgan.device)).float().cpu() for part in codes.split(64)])
     side, K = int(codes.size(1) ** 0.5), vqgan.config.codebook_size
     p = pixels.shape[-1] // side
     patches = pixels.unflatten(2, (side, p)).unflatten(4, (side, p)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)        # (n·N, C, p, p)

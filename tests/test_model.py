@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import resource
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -626,6 +627,7 @@ def test_train_mode_compiles_the_blocks_or_says_why_not(gpt, monkeypatch):
     assert gpt.training and not gpt.recompute and not compiled
     train_mode(gpt, TuneConfig(compile=True, recompute=True))
     assert gpt.recompute and compiled == [(block, True) for block in gpt.model.layers]
+    assert not torch._functorch.config.donated_buffer              # or dpo.py could not go back through a graph twice
 
     def fails(f):
         raise RuntimeError("no working C++ compiler found")
@@ -805,6 +807,19 @@ def test_a_half_written_log_line_does_not_stop_a_resume(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "lo')
     Log(tmp_path / "x.jsonl", "x", 4, start=2).close()
     assert (tmp_path / "x.jsonl").read_text() == '{"step": 0, "loss": 1.0}\n'
+
+
+def test_a_signal_after_the_last_step_stops_the_run_too(tmp_path):
+    """`stop` finds the Log that is at work; without one it ends all at once."""
+    log = Log(tmp_path / "x.jsonl", "x", 1)
+    log.count(0, 1.0)
+    model.stop(signal.SIGTERM, None)
+    log.stop_if_asked()                                  # the step was counted before
+    with pytest.raises(model.Stopped) as stopped:
+        log.close()
+    assert stopped.value.args == (signal.SIGTERM,) and Log.running is None
+    with pytest.raises(model.Stopped):
+        model.stop(signal.SIGINT, None)
 
 
 def test_a_step_without_a_finite_gradient_changes_nothing_and_five_in_a_row_stop_the_run(gpt, tmp_path):

@@ -352,6 +352,10 @@ def test_curves_show_stage_2_under_its_name(trained, tmp_path):
         shutil.copy(trained / f"{log}.jsonl", tmp_path / f"{name}.jsonl")
     whole, without = sample.curves(tmp_path, "strict"), sample.curves(tmp_path, "sft")
     assert whole.height == 2 * without.height > 0 and whole.height == sample.curves(trained, "bidpo").height
+    with (tmp_path / "sft.jsonl").open("a") as log:                     # steps that were skipped, as their gradient was not finite
+        log.write('{"step": 41, "loss": Infinity, "val/loss": NaN}\n')
+    assert np.array_equal(np.array(sample.curves(tmp_path, "sft")), np.array(without))
+    sample.plot("constant", "step", {"a": [(0, 3e9), (1, 3e9)]})
 
 
 def test_the_table_shows_the_intervals_of_differences_where_there_are_any(capsys):

@@ -410,6 +410,7 @@ def test_validation_by_hand(model, monkeypatch):
     assert found["val/loss"] == pytest.approx(np.mean(losses)) and len(set(losses)) == len(TASKS)
     assert found["val/f1"] == pytest.approx(2 * 1 / (2 + 1))              # one right of two stated, of one true
     assert model.training and "val/f1" not in sft.validate(model, [unknown], sft.TASKS, VOCAB, PHRASES)
+    assert set(sft.validate(model, [STUDY], ["ask"], VOCAB, PHRASES)) == {"val/loss_ask", "val/loss"}    # what is not trained is left out
 
 
 # ---- The program ---------------------------------------------------------------------------------
