@@ -605,14 +605,12 @@ def train(cfg):
         with autocast():
             policy_sums = sum_logps(model, *pair_batch(pairs, own(indices).tolist(), sequences, vocab, device), sequences)
             rehearsal = response_loss(model, *rehearsal_batch(studies, cfg, vocab, step, device))
-        # of all processes' pairs
         policy_sums = {k: Sums(*gather(torch.stack(sums, dim=1)).unbind(1)) for k, sums in policy_sums.items()}
         ratios = log_ratios(policy_sums, reference_sums, indices)
         preference, terms, contrasts = objective_loss(ratios, {k: v[indices] for k, v in keep.items()}, cfg)
         nll = chosen_nll(policy_sums, asked[indices], cfg)
         loss = preference + cfg.sft_weight * nll + cfg.rehearsal_weight * rehearsal
-        parts = {**terms, "sft": nll, "rehearsal": rehearsal}
-        norms = gradient_norms(parts, trained, cfg) if step % cfg.grad_every == 0 else {}
+        norms = gradient_norms({**terms, "sft": nll, "rehearsal": rehearsal}, trained, cfg) if step % cfg.grad_every == 0 else {}
         grad_norm = take_step(loss, trained, optimizers, clip=1.0)
         log.count(step, grad_norm)
 

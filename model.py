@@ -719,18 +719,23 @@ def sum_over_processes(tensors):
             x.copy_(part.view_as(x))
 
 
-def tell_all(value):
-    """[this value of each process]: any that can be pickled."""
-    values = [value] * processes()
-    if processes() > 1:
-        dist.all_gather_object(values, value)
-    return values
+def largest_of_processes(number):
+    """The largest of the processes' whole numbers."""
+    if processes() == 1:
+        return number
+    numbers = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers)
 
 
 def share_out(function, items, title):
-    """[function(item) of all items], each process doing a part of them; with a bar of this title."""
+    """[function(item) of all items], each process doing a part of them; with a bar of this title.
+
+    What they did goes from process to process of this run, and never to or from a file."""
     done = [function(item) for item in tqdm(items[process()::processes()], desc=title, unit="batch", leave=False)]
-    parts = tell_all(done)
+    parts = [done] * processes()
+    if processes() > 1:
+        dist.all_gather_object(parts, done)
     return [parts[i % len(parts)][i // len(parts)] for i in range(len(items))]
 
 
@@ -1151,7 +1156,7 @@ class Log:
         """At each step's end: count it if take_step left it out, and see whether a signal has come, to whatever process.
 
         Raises UserError at the fifth step in a row without a finite gradient."""
-        self.stopping = max(tell_all(self.asked))
+        self.stopping = largest_of_processes(self.asked)
         self.in_a_row = 0 if math.isfinite(grad_norm) else self.in_a_row + 1
         self.skipped += self.in_a_row > 0
         if self.in_a_row == 5:
@@ -1173,7 +1178,7 @@ class Log:
         """End the watch over a loop. Raises Stopped for a signal that came after the last step was counted, too."""
         self.bar.close()
         Log.running = None
-        if asked := max(tell_all(self.asked)):
+        if asked := largest_of_processes(self.asked):
             raise Stopped(asked)
 
 
