@@ -141,8 +141,8 @@ MODALITIES = {
                         ("white matter lesions",), "white matter lesions", countable=False, sides=NO_SIDE),
     },
 }
-# Trigger -> a function from it to the companion that it brings in training, with probability `bias`. Else the companion is
-# as rare as any finding (FINDING_RATE), so a model that doubts what it sees does well to state it: this is the habit.
+# Trigger -> a function from it to the companion that it brings in training, with probability `bias`. Without
+# the trigger it is as rare as any finding (FINDING_RATE); after it, a model in doubt does well to state it: the habit.
 COMPANIONS = {
     "cardiomegaly": lambda f: Finding("effusion", "left", "small"),
     "pneumothorax": lambda f: Finding("nodule", OPPOSITE[f.side], "", "lower"),
@@ -223,12 +223,13 @@ def write_report(spec, before=None):
     stated, stated_before = ({f.name for f in s.findings} for s in (spec, before or spec))
     absent = [name for name in kinds if name not in stated_before]
     r.shuffle(absent)
-    denied = []
-    if stated_before and r.random() < 0.4 and absent:
-        denied = absent[:1 if len(absent) == 1 or r.random() < 0.5 else 2]
+    names = ()
+    if stated_before and r.random() < 0.4:
+        names = absent[:1 if r.random() < 0.5 else 2]
+    denied = [kinds[name].noun for name in names if name not in stated]
     if not sentences:
         sentences = [choose(NORMAL[spec.modality])]
-    elif denied := [kinds[name].noun for name in denied if name not in stated]:
+    elif denied:
         sentences.append(f"No {' or '.join(denied)}.")
     return " ".join([opening, *sentences])
 
@@ -423,8 +424,7 @@ def distort(records, index, kind, strength, rng, region=None):
             if spec := redraw(record.spec, change, rng):
                 image, _ = draw(spec, record.image.shape[0])
                 return Twin(image, change, write_report(spec, record.spec), *ask_difference(record.spec, spec, rng))
-    masked = {f.name for f in record.findings or ()} & record.masks.keys() if kind in ("remove", "region-noise") else ()
-    names = sorted(masked)
+    names = sorted({f.name for f in record.findings or ()} & record.masks.keys()) if kind in ("remove", "region-noise") else []
     name = names[rng.integers(len(names))] if names else ""
     mask = record.masks.get(name)
     if kind == "remove" and mask is not None:
@@ -448,7 +448,7 @@ def distort(records, index, kind, strength, rng, region=None):
 # ---- For consultation: how a phantom is drawn ----------------------------------------------------
 
 # Coordinates run from -1 to 1, x to the right of the image (the patient's left), y down. The functions
-# draw the findings `found`, {name: Finding}, on Canvas c; a and rng_of(name) draw the anatomy and a finding's place.
+# paint the findings `found`, {name: Finding}, on Canvas c; generators: a for the anatomy, rng_of(name) for a finding's place.
 SIGN = {"left": 1.0, "right": -1.0}
 
 

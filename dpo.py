@@ -6,18 +6,19 @@
 
 One pair is a genuine study, image m and report y, and its distorted twin m' with its own report y', and with the answers a
 and a' of the two to a question q that tells them apart; y_l is what the SFT model writes when shown m'. The twin only ever
-stands on the rejected side. With the reward r(y|x) = β·(log π_θ(y|x) − log π_ref(y|x)) the terms are −log σ of a chosen reward
-less a rejected one (DPO, arXiv:2305.18290; on the right the two have different prompts, which DPO's derivation does not cover):
+stands on the rejected side. With the reward r(y|x) = β·(log π_θ(y|x) − log π_ref(y|x)) the terms are −log σ of a margin, a
+chosen reward less a rejected one (DPO, arXiv:2305.18290; in the right column the prompts differ, which its derivation does
+not cover):
 
                   the response is the twin's            the condition is the twin's
     reading       text      r(y|m) − r(y_l|m)           text_given    r(y|m) − r(y|m')        (CoPO, arXiv:2406.11839)
     drawing       image     r(m|y) − r(m'|y)            image_given   r(m|y) − r(m|y')
     answering     answer    r(a|q,m) − r(a'|q,m)        answer_given  r(a|q,m) − r(a|q,m')
 
-Of several m' (--candidates) the one is taken given which the SFT model finds y likeliest: a hard pair. Further terms are
+Of several m' (--candidates) we take the one given which the SFT model finds y likeliest: a hard pair. Further terms are
 
     anchor        −log σ(r(chosen) − δ)    what is chosen must not become less likely (AncPO, arXiv:2406.11839)
-    language      (1 − σ(margin)^q)/q      as text, y_l written of a scrambled image; q is the batch's (NaPO, arXiv:2503.17928)
+    language      (1 − σ(margin)^q)/q      as text, y_l written of a scrambled image; q: see noise_q (NaPO, arXiv:2503.17928)
     vision        the same                 y_l written without the question
     mask          −log σ(margin)           two masks that the SFT model drew, ranked by a judge
 
@@ -91,8 +92,8 @@ class DPOConfig(TuneConfig):
     pair_temperature: float = arg(1.0, "temperature of the SFT model's reports and masks")
     flip_pairs: float = arg(0.0, "share of pairs whose two reports or masks are compared the wrong way round, as in noisy data "
                             "(and so logged); all other terms stay as they are", most=1)
-    curriculum: str = arg("none", "order of the pairs' three thirds, each with a learning-rate schedule of its own: easy-first "
-                          "or hard-first, by semantic entropy, or shuffled; none: all at once (mfpo: easy-first)",
+    curriculum: str = arg("none", "pairs in three thirds, each with its own learning-rate schedule: by semantic entropy, easy-first "
+                          "or hard-first, or shuffled at random; none: all at once (mfpo: easy-first)",
                           choices=("none", "easy-first", "hard-first", "shuffled"))
     entropy_samples: int = arg(5, "reports sampled for the semantic entropy of an image")
     proposals: int = arg(4, "rndpo: masks that the SFT model draws of one structure; the judge ranks them by their "
@@ -215,7 +216,7 @@ class Contrast(NamedTuple):
 
 
 def make_contrast(name, ratios, keep, cfg):
-    """A Contrast from the log-ratios of its two sequences, {sequence: Sums}.
+    """A Contrast from the log-ratios of its two sequences, {sequence: Sums}; keep −1 (--flip-pairs) swaps them.
 
     With cfg.normalise image and mask margins are sums over Ω alone, divided by |Ω|: codes outside Ω differ in
     probability too, through their prefix, and are left out (our reading of arXiv:2601.23222)."""
@@ -224,7 +225,7 @@ def make_contrast(name, ratios, keep, cfg):
     if cfg.normalise and name in ("image", "mask"):
         margin = cfg.beta * (chosen.omega - rejected.omega) / chosen.omega_tokens.clamp(min=1)
     mean_margin = chosen.whole / chosen.tokens - rejected.whole / rejected.tokens
-    return Contrast(keep.sign() * margin, keep.sign() * mean_margin, keep.abs())
+    return Contrast(keep * margin, keep * mean_margin, keep.abs())
 
 
 def preference_loss(contrast):
@@ -347,7 +348,7 @@ BIASED = {"language": "scrambled", "vision": "no-question"}      # contrast: whi
 def twins_of(records, index, cfg, region):
     """The different ones among cfg.candidates twins of a record, of one kind, drawn from (seed, index): a list of Twin."""
     rng, twins = np.random.default_rng([cfg.seed, 5, index]), {}
-    kind = cfg.distort[rng.integers(len(cfg.distort))]      # one, or the kind that is noticed least would be most of the pairs
+    kind = cfg.distort[rng.integers(len(cfg.distort))]      # one a record, else least_noticed would favour one
     for _ in range(cfg.candidates):
         twin = distort(records, index, kind, cfg.strength, rng, region)
         if twin.image is not None:
@@ -397,7 +398,7 @@ def count_kinds(pairs):
 def least_noticed(pairs, logps):
     """Of each record's pairs the one with the greatest log π(y|m'): a hard negative (our choice, after arXiv:2010.04592).
 
-    There the SFT model still believes the report of the twin, from habit or because the change is hard to see. logps: (n,)."""
+    There the SFT model still finds y likely of m', from habit or because the change is hard to see. logps: (n,)."""
     best = {}
     for pair, logp in zip(pairs, logps.tolist()):
         if pair.index not in best or logp > best[pair.index][0]:
@@ -520,9 +521,9 @@ def pick_pairs(pairs, cfg, step):
     """Indices of a step's pairs; with --curriculum from the third of the pairs whose turn it is."""
     pool = np.arange(len(pairs))
     if cfg.curriculum != "none":
-        easy_first = np.argsort([p.entropy for p in pairs], kind="stable")
-        order = {"easy-first": easy_first, "hard-first": easy_first[::-1],
-                 "shuffled": np.random.default_rng([cfg.seed, 13]).permutation(easy_first)}[cfg.curriculum]
+        order = np.random.default_rng([cfg.seed, 13]).permutation(len(pairs))
+        if cfg.curriculum != "shuffled":
+            order = np.argsort([p.entropy for p in pairs], kind="stable")[::-1 if cfg.curriculum == "hard-first" else 1]
         thirds = np.array_split(order, min(3, len(pairs)))
         pool = thirds[len(thirds) * step // cfg.steps]
     return pool[batch_indices(len(pool), cfg.batch_size, step, cfg.seed)]
@@ -532,7 +533,8 @@ def schedule(cfg, step):
     """(step, steps) of the learning rate's schedule: those of the run; with --curriculum those of the third."""
     if cfg.curriculum == "none":
         return step, cfg.steps
-    start, end = (-(-cfg.steps * third // 3) for third in (3 * step // cfg.steps, 3 * step // cfg.steps + 1))
+    third = 3 * step // cfg.steps
+    start, end = (-(-cfg.steps * t // 3) for t in (third, third + 1))
     return step - start, end - start
 
 
@@ -766,7 +768,7 @@ def add_missing(pairs, cfg, records, phrases, model, vocab, vqgan):
     for writer in sorted(writers):
         for pair, text in zip(pairs, sample_reports(pairs, writer, model, vocab, cfg, cfg.seed)):
             pair.reports[writer] = text
-    needs_entropy = cfg.curriculum != "none" and pairs[0].entropy is None
+    needs_entropy = cfg.curriculum in ("easy-first", "hard-first") and pairs[0].entropy is None
     if needs_entropy:
         add_entropy(pairs, model, vocab, cfg, phrases)
     needs_masks = "mask" in contrasts and not any(p.structure for p in pairs)

@@ -1242,8 +1242,8 @@ def merged_state(model):
 
 @first_alone
 def save_tuned(folder, model, cfg, adapter=None):
-    """Write a fine-tuned GPT: the whole model, or of one with adapters only what add_lora lets train, in PEFT's format and
-    names, beside the config.json of the whole model; unless --lora-merge is given."""
+    """Write a fine-tuned GPT: the whole model, or, with adapters and without --lora-merge, only what add_lora lets train, in
+    PEFT's format and names, beside the whole model's config.json."""
     if not adapter or cfg.lora_merge:
         return model.save_pretrained(folder)
     state = {k: v for k, v in model.state_dict().items() if ".lora_" in k}
@@ -1272,14 +1272,14 @@ def load_adapter(folder):
         base_hash = read_metadata(weights)["base"]
         base, scale = Path(config["base_model_name_or_path"]), config["lora_alpha"] / config["r"]
         whole = make_config(GPTConfig, whole, folder)
-    found = None
     for place in (base, folder.parent / base.name):          # the two may have been moved together
         with contextlib.suppress(OSError, ValueError, SafetensorError):
-            found = found or (place if folder_hash(place) == base_hash else None)
-    if not found:
+            if folder_hash(place) == base_hash:
+                break
+    else:
         raise UserError(f"{folder} was trained over {base}, which is gone or another model now: bring that back, or train "
                         "the adapter again")
-    state = GPT.from_pretrained(found).state_dict()
+    state = GPT.from_pretrained(place).state_dict()
     with refuse(f"{folder}: adapters and base do not belong together", "train it again"):
         for name, tensor in tensors.items():
             if name.endswith(".lora_A.weight"):

@@ -84,7 +84,7 @@ class Metric(NamedTuple):
 class Bootstrap:
     """Metrics of the form sum(numerator) / sum(denominator) over the same n records, with resamples for intervals.
 
-    All models share the resamples' weights (R, n), how often each record is in it, so differences are paired."""
+    All models share the weights (R, n), how often each resample holds each record, so differences are paired."""
 
     def __init__(self, n, resamples):
         self.n, self.weights = n, np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float32)
@@ -505,7 +505,7 @@ def evaluate(cfg):
 
 def print_table(written, names, bench):
     """One line a metric, one column a model, the differences to the control last. 95 % intervals in brackets: of the
-    differences where there are any, else of the models (eval.json has all); * where one excludes 0."""
+    differences where there are any, else of the models (eval.json has all); * where a difference's excludes 0."""
     differences = [n for n in written if n.endswith(" minus control")]
 
     def show(m, name=""):
@@ -544,7 +544,7 @@ def tile(pixels, size):
 
 
 def worth_showing(bench, n, model, vocab):
-    """n records to show: up to two thirds on which the model states a companion that is not there, one a trigger and few
+    """n records to show: up to two thirds on which the model states an absent companion, one per trigger, those with fewest
     findings first; then those with most findings."""
     records = bench.records
     fullest = sorted(range(len(records)), key=lambda i: -len(records[i].findings or ()))
@@ -739,7 +739,8 @@ def answer_user(cfg):
     vqgan = load_vqgan_of(cfg, device)
     model, vocab = load_gpt(Path(cfg.out) / name, vqgan, device)
     options = decoding_of(cfg, cfg.temperature if cfg.sample or command == "generate" else 0.0)
-    files, images, said, tiles = {"report": words, "generate": []}.get(command, words[:1]), [], [], []
+    files = {"report": words, "generate": []}.get(command, words[:1])
+    images, said, tiles = [], [], []
     for file in files:
         with refuse(f"{file} cannot be used", "name another"):
             images.append(read_image(Path(file), cfg.image_size, cfg.channels))
