@@ -18,7 +18,7 @@ not cover):
 Of several m' (--candidates) we take the one given which the SFT model finds y likeliest: a hard pair. Further terms are
 
     anchor        −log σ(r(chosen) − δ)    what is chosen must not become less likely (AncPO, arXiv:2406.11839)
-    language      (1 − σ(margin)^q)/q      as text, y_l written of a scrambled image; q: see noise_q (NaPO, arXiv:2503.17928)
+    language      (1 − σ(margin)^q)/q      as text, y_l written from habit, of a scrambled image; q: see noise_q (NaPO, arXiv:2503.17928)
     vision        the same                 y_l written without the question
     mask          −log σ(margin)           two masks that the SFT model drew, ranked by a judge
 
@@ -67,7 +67,7 @@ from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, beg
                    finish_stage, gather, get_lr, init_run, make_optimizers, own, per_token_logps, process, read_json,
                    read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out,
                    sum_over_processes, take_step, train_mode, trained_parameters, weights_hash, write_tensors)
-from sft import (collate, dice, draw_masks, load_gpt, load_vqgan, make_example, open_studies, pick_task, response_loss,
+from sft import (INSTRUCTIONS, collate, dice, draw_masks, load_gpt, load_vqgan, make_example, open_studies, pick_task, response_loss,
                  sample_words)
 from vqgan import encode_images
 
@@ -87,11 +87,13 @@ class DPOConfig(TuneConfig):
     candidates: int = arg(4, "distorted images to try for a pair; the one that the SFT model notices least is taken")
     strength: int = arg(500, "noise and region-noise: DDPM step, 1 to 1000", most=1000)
     rejected: tuple = arg(("distorted",), "what the SFT model is shown when it writes the rejected report, mixed evenly: the "
-                          "distorted image, the genuine one (own: its own errors), the genuine one's codes scrambled, or "
-                          "no-question", choices=("distorted", "own", "scrambled", "no-question"))
+                          "distorted image, the genuine one (own: its own errors), that with its codes scrambled and the report begun "
+                          "(habit), or no-question", choices=("distorted", "own", "habit", "no-question"))
     pair_temperature: float = arg(1.0, "temperature of the SFT model's reports and masks")
     flip_pairs: float = arg(0.0, "share of pairs whose two reports or masks are compared the wrong way round, as in noisy data "
                             "(and so logged); all other terms stay as they are", most=1)
+    keep_agreeing: bool = arg(False, "compare reports that state the same, too, as data that nobody has checked would")
+    label_smoothing: float = arg(0.0, "dpo: share of pairs taken to be the wrong way round (conservative DPO)", most=0.5)
     curriculum: str = arg("none", "pairs in three thirds, each with its own learning-rate schedule: by semantic entropy, easy-first "
                           "or hard-first, or shuffled at random; none: all at once (mfpo: easy-first)",
                           choices=("none", "easy-first", "hard-first", "shuffled"))
@@ -103,7 +105,7 @@ class DPOConfig(TuneConfig):
                       choices=("top-bottom", "random"))
     normalise: bool = arg(False, "take image and mask margins over the codes that differ, per code (rndpo: on)")
     beta: float = arg(0.5, "preference strength β, per nat (dpo, mdpo, mfpo, napo: 0.1; rndpo: 5)")
-    text_weight: float = arg(0.5, "λ of text (dpo, mdpo, mfpo, napo: 1)")
+    text_weight: float = arg(0.5, "λ of text (dpo, mdpo, mfpo: 1; napo: 0.04)")
     image_weight: float = arg(0.1, "λ of image")
     text_given_weight: float = arg(2.0, "λ of text_given (mdpo, mfpo: 1)")
     image_given_weight: float = arg(1.0, "λ of image_given")
@@ -111,10 +113,11 @@ class DPOConfig(TuneConfig):
     answer_given_weight: float = arg(1.5, "λ of answer_given")
     anchor_weight: float = arg(0.2, "λ of anchor (mdpo, mfpo: 1)")
     anchor_delta: float = arg(0.0, "δ of mdpo, η of mfpo: reward that the anchor asks of chosen sequences")
-    language_weight: float = arg(1.0, "λ of language")
-    vision_weight: float = arg(1.0, "λ of vision")
+    language_weight: float = arg(0.48, "λ of language")
+    vision_weight: float = arg(0.48, "λ of vision")
     mask_weight: float = arg(1.0, "λ of mask")
-    napo_alpha: float = arg(1.0, "napo: α, how steeply q falls as margins grow")
+    language_alpha: float = arg(0.5, "napo: α of language, how steeply q falls as log-ratios per token grow")
+    vision_alpha: float = arg(0.01, "napo: α of vision, the same of log-ratios of whole reports")
     q_min: float = arg(0.001, "napo: least q; towards 0 the term becomes DPO's", least=1e-6, most=1)
     q_max: float = arg(1.0, "napo: greatest q; at 1 the term is the noise-robust mean absolute error", most=1)
     sft_weight: float = arg(10.0, "λ_s: mean negative log-probability of chosen sequences, per token (sft: 1, others 0.5)")
@@ -134,8 +137,9 @@ PRESETS = {"tiny": dict(steps=12, batch_size=4, pairs=32, rehearsal_size=4, prop
 GENTLE = dict(sft_weight=0.5, rehearsal_weight=1.0)
 PUBLISHED = dict(beta=0.1, text_weight=1.0, text_given_weight=1.0, **GENTLE)
 # bidpo's defaults are the flags' own, found on phantoms; the others' are the papers' where they give one
-OBJECTIVE_DEFAULTS = {"bidpo": {}, "dpo": PUBLISHED, "mdpo": PUBLISHED | dict(anchor_weight=1.0), "napo": PUBLISHED,
+OBJECTIVE_DEFAULTS = {"bidpo": {}, "dpo": PUBLISHED, "mdpo": PUBLISHED | dict(anchor_weight=1.0),
                       "mfpo": PUBLISHED | dict(anchor_weight=1.0, curriculum="easy-first"),
+                      "napo": PUBLISHED | dict(text_weight=0.04),
                       "rndpo": dict(beta=5.0, normalise=True, **GENTLE),
                       "sft": dict(sft_weight=1.0, rehearsal_weight=1.0)}
 
@@ -171,7 +175,7 @@ class Pair:
 # the twin's side is what is shown
 SEQUENCES = {"text_chosen": lambda p: ("report", p.codes, p.chosen),
              "text_rejected": lambda p: ("report", p.codes, p.rejected),
-             "text_language": lambda p: ("report", p.codes, p.reports["scrambled"]),
+             "text_language": lambda p: ("report", p.codes, p.reports["habit"]),
              "text_vision": lambda p: ("report", p.codes, p.reports["no-question"]),
              "text_given": lambda p: ("report", p.distorted, p.chosen),
              "image_chosen": lambda p: ("generate", p.chosen, p.codes),
@@ -211,7 +215,7 @@ class Contrast(NamedTuple):
     """How much a batch of pairs prefers the chosen to the rejected sequence, (B,) each."""
 
     margin: torch.Tensor         # r(chosen) − r(rejected), r = β·(log π_θ − log π_ref); with cfg.normalise over Ω, per code
-    mean_margin: torch.Tensor    # the margin per token and without β, for noise_q
+    mean_log_ratio: torch.Tensor # the margin per token and without β, for noise_q
     keep: torch.Tensor           # 1 where the two differ, so that the pair counts, else 0
 
 
@@ -224,13 +228,15 @@ def make_contrast(name, ratios, keep, cfg):
     margin = cfg.beta * (chosen.whole - rejected.whole)
     if cfg.normalise and name in ("image", "mask"):
         margin = cfg.beta * (chosen.omega - rejected.omega) / chosen.omega_tokens.clamp(min=1)
-    mean_margin = chosen.whole / chosen.tokens - rejected.whole / rejected.tokens
-    return Contrast(keep * margin, keep * mean_margin, keep.abs())
+    mean_log_ratio = chosen.whole / chosen.tokens - rejected.whole / rejected.tokens
+    return Contrast(keep * margin, keep * mean_log_ratio, keep.abs())
 
 
-def preference_loss(contrast):
-    """−log σ(margin) (Eq. 7, arXiv:2305.18290), computed as softplus(−margin); log 2 at margin 0."""
-    return F.softplus(-contrast.margin)
+def preference_loss(contrast, smoothing=0.0):
+    """−log σ(margin) (Eq. 7, arXiv:2305.18290), computed as softplus(−margin); log 2 at margin 0.
+
+    smoothing: the share of pairs taken to be the wrong way round (conservative DPO, Eq. 3 of arXiv:2403.00409)."""
+    return (1 - smoothing) * F.softplus(-contrast.margin) + smoothing * F.softplus(contrast.margin)
 
 
 def anchor_loss(reward, delta):
@@ -248,10 +254,10 @@ def masked_mean(values, keep):
     return (values * keep).sum() / keep.sum().clamp(min=1)
 
 
-def noise_q(contrast, cfg):
-    """NaPO's q of a batch: margins near 0 suggest noise, so q nears 1, a bounded loss. No gradient passes."""
-    mean = masked_mean(contrast.mean_margin, contrast.keep).detach()
-    return (2 * (1 - torch.sigmoid(cfg.napo_alpha * mean))).clamp(cfg.q_min, cfg.q_max)
+def noise_q(log_ratios, keep, alpha, cfg):
+    """NaPO's q of a batch, from log-ratios (B,) of chosen less rejected: near 0 they suggest noise, so q nears 1, a bounded
+    loss. No gradient passes."""
+    return (2 * (1 - torch.sigmoid(alpha * masked_mean(log_ratios, keep).detach()))).clamp(cfg.q_min, cfg.q_max)
 
 
 # An objective maps contrasts {contrast: Contrast} and rewards {sequence: r, (B,)} to losses {term: (B,)}; a term has the
@@ -260,7 +266,7 @@ def noise_q(contrast, cfg):
 
 def dpo_loss(contrasts, rewards, cfg):
     """Image to text alone (arXiv:2305.18290)."""
-    return {"text": preference_loss(contrasts["text"])}
+    return {"text": preference_loss(contrasts["text"], cfg.label_smoothing)}
 
 
 def bidpo_loss(contrasts, rewards, cfg):
@@ -276,9 +282,14 @@ def mdpo_loss(contrasts, rewards, cfg):
 
 
 def napo_loss(contrasts, rewards, cfg):
-    """DPO, and noise-robust terms for rejected reports made under language and vision bias (arXiv:2503.17928)."""
-    return {"text": preference_loss(contrasts["text"])} | {
-        bias: box_cox_loss(contrasts[bias], noise_q(contrasts[bias], cfg)) for bias in ("language", "vision")}
+    """DPO, and noise-robust terms for rejected reports made under language and vision bias (arXiv:2503.17928).
+
+    q of language looks at log-ratios per token, q of vision at those of whole reports, as the paper's code does."""
+    language, vision = contrasts["language"], contrasts["vision"]
+    q_language = noise_q(language.mean_log_ratio, language.keep, cfg.language_alpha, cfg)
+    q_vision = noise_q(vision.margin / cfg.beta, vision.keep, cfg.vision_alpha, cfg)
+    return {"text": preference_loss(contrasts["text"]), "language": box_cox_loss(language, q_language),
+            "vision": box_cox_loss(vision, q_vision)}
 
 
 def rndpo_loss(contrasts, rewards, cfg):
@@ -335,14 +346,22 @@ def scrambled(pair):
     return np.random.default_rng(pair.index).permutation(pair.codes)
 
 
-# What the SFT model is shown when it writes a rejected report. Without the image it can only follow the habits of language,
-# without the question only what it likes to say of images (NaPO's two biases). For "without the image" the image is
-# scrambled: a model that has never met a prompt without any image answers it with scrambled words, which teach nothing.
-WRITERS = {"distorted": lambda p, vocab: vocab.report_prompt(p.distorted),
-           "own": lambda p, vocab: vocab.report_prompt(p.codes),
-           "scrambled": lambda p, vocab: vocab.report_prompt(scrambled(p)),
-           "no-question": lambda p, vocab: vocab.ask_prompt(p.codes, "")}
-BIASED = {"language": "scrambled", "vision": "no-question"}      # contrast: which of these gives its rejected report
+def beginning(report):
+    """A report up to its second sentence: of a phantom's the opening and the first finding."""
+    sentences = report.split(". ")
+    return ". ".join(sentences[:2]) + "." * (len(sentences) > 2)
+
+
+# What the SFT model is shown when it writes a rejected report, what it is asked, and how the report already begins. Without
+# the image it can only follow the habits of language, without the question only what it likes to say of images (NaPO's two
+# biases). "Without the image": scrambled (a model that has never met a prompt without any writes scrambled words), and
+# forced past the first finding, as the request alone suggests none.
+WRITERS = {"distorted": lambda p: (p.distorted, REQUEST, ""),
+           "own": lambda p: (p.codes, REQUEST, ""),
+           "habit": lambda p: (scrambled(p), REQUEST, beginning(p.chosen)),
+           "no-question": lambda p: (p.codes, "", "")}
+REQUEST = INSTRUCTIONS["report"][0]
+BIASED = {"language": "habit", "vision": "no-question"}      # contrast: which of these gives its rejected report
 
 
 def twins_of(records, index, cfg, region):
@@ -407,10 +426,12 @@ def least_noticed(pairs, logps):
 
 
 def sample_reports(pairs, writer, model, vocab, cfg, seed):
-    """What the SFT model writes, sampled from one of WRITERS' prompts for each pair: a list of strings."""
+    """What the SFT model writes, sampled, when it is shown what WRITERS says of each pair: a list of strings."""
     def sample(start):
-        prompts = [WRITERS[writer](p, vocab) for p in pairs[start:start + 256]]
-        return sample_words(model, vocab, prompts, cfg.pair_temperature, seed + start)
+        shown = [WRITERS[writer](p) for p in pairs[start:start + 256]]
+        prompts = [vocab.ask_prompt(codes, question) + vocab.encode_text(begun) for codes, question, begun in shown]
+        said = sample_words(model, vocab, prompts, cfg.pair_temperature, seed + start)
+        return [f"{begun} {text}".strip() for (_, _, begun), text in zip(shown, said)]
     return sum(share_out(sample, range(0, len(pairs), 256), f"reports, {writer}"), [])
 
 
@@ -427,11 +448,11 @@ def set_responses(pairs, cfg):
 
 
 def pairs_that_count(pairs, cfg, phrases):
-    """Which pairs count, {contrast: (n,)}: 1 where the two sides state different findings (images, masks: differ in a code),
-    else 0; −1 where --flip-pairs compares its two reports or masks the wrong way round.
+    """Which pairs count, {contrast: (n,)}: 1 where the two sides state different findings (images, masks: differ in a code;
+    --keep-agreeing: in a word), else 0; −1 where --flip-pairs compares its two reports or masks the wrong way round.
 
     Raises UserError for a contrast without any such pair; answers alone may be wanting, as not all data ask."""
-    states = lambda text: statement_of(text, phrases)
+    states = lambda text: text if cfg.keep_agreeing else statement_of(text, phrases)
     differ = {"image": lambda p: True, "text_given": lambda p: True,           # build_pairs has seen to these
               "mask": lambda p: (p.masks[0] != p.masks[1]).any(),              # |Ω| = 0 carries no signal
               "text": lambda p: states(p.rejected) != states(p.chosen),

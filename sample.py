@@ -631,7 +631,7 @@ def pair_sheet(model, vqgan, bench, rows=2):
     ask = lambda texts, k: [f"{text} {p.question} {p.answers[k]}".strip() for text, p in zip(texts, pairs)]
     chosen, twin, unknown = [p.chosen for p in pairs], [p.twin_text for p in pairs], [None] * len(pairs)
     true = [names_and_sides(read_findings(text, bench.phrases)) for text in chosen]
-    shown = {"distorted": "the twin", "own": "the image", "scrambled": "it scrambled", "no-question": "no question"}
+    shown = {"distorted": "the twin", "own": "the image", "habit": "it scrambled", "no-question": "no question"}
     columns = [Column("genuine study of a pair", decode([p.codes for p in pairs]), ask(chosen, 0), unknown),
                Column("its twin", decode([p.distorted for p in pairs]), ask(twin, 1), unknown),
                *(Column(f"sft, shown {shown[w]}:", None, [p.reports[w] for p in pairs], true) for w in pairs[0].reports)]

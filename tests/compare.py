@@ -39,10 +39,14 @@ CLAIMS = {"bidpo-strict": without("text_given", "image_given", "answer", "answer
           "bidpo-drawing": without("text", "text_given", "answer", "answer_given"),
           "bidpo-answering": without("text", "text_given", "image", "image_given"),
           **{f"{o}-b05": f"--objective {o} --beta 0.5" for o in ("dpo", "mdpo", "napo")},
+          "dpo-biased": "--objective dpo --rejected distorted habit no-question",  # napo's reports without its loss
           "napo-bce": "--objective napo --q-max 0.001",                            # q fixed at its least: −log σ
+          "napo-agreeing": "--objective napo --keep-agreeing",
+          "napo-bce-agreeing": "--objective napo --keep-agreeing --q-max 0.001",
           **{f"mdpo-{order}": f"--objective mdpo --curriculum {order}" for order in ("hard-first", "shuffled")},
           **{f"mdpo-own-{k}": f"--objective mdpo --rejected own --distort {k}" for k in ("remove", "region-noise", "crop", "noise")},
           **{f"{o}-flip30": f"--objective {o} --flip-pairs 0.3" for o in ("dpo", "napo")},
+          "cdpo-flip30": "--objective dpo --flip-pairs 0.3 --label-smoothing 0.3",
           **{f"rndpo-judge{p}": f"--objective rndpo --judge-noise 0.{p}" for p in (2, 4)},
           **{f"rndpo-random-judge{p}": f"--objective rndpo --mining random --judge-noise 0.{p}" for p in (0, 2, 4)},
           **{f"mask-dpo-judge{p}": f"--objective rndpo --no-normalise --beta 0.1 --judge-noise 0.{p}" for p in (0, 2, 4)}}
@@ -50,10 +54,11 @@ RECIPES = TABLE | CLAIMS
 # What the claims compare with each other, not with the control: their paired differences are kept too.
 VERSUS = [pair.split() for pair in (
     "bidpo-strict bidpo", "bidpo-reading bidpo", "bidpo-drawing bidpo", "bidpo-answering bidpo", "mfpo mdpo", "mfpo mdpo-shuffled",
-    "mfpo mdpo-hard-first", "napo dpo", "napo napo-bce", "mdpo-own-region-noise mdpo-own-crop", "mdpo-own-crop mdpo-own-noise",
-    "mdpo-own-region-noise mdpo-own-noise", "mdpo-own-remove mdpo-own-region-noise", "dpo-flip30 dpo", "napo-flip30 napo",
-    "napo-flip30 dpo-flip30", "rndpo mask-dpo-judge0", "rndpo-judge4 rndpo", "mask-dpo-judge4 mask-dpo-judge0",
-    "rndpo-judge4 mask-dpo-judge4")]
+    "mfpo mdpo-hard-first", "napo dpo", "napo dpo-biased", "napo napo-bce", "napo-agreeing napo-bce-agreeing",
+    "mdpo-own-region-noise mdpo-own-crop", "mdpo-own-crop mdpo-own-noise", "mdpo-own-region-noise mdpo-own-noise",
+    "mdpo-own-remove mdpo-own-region-noise", "dpo-flip30 dpo", "napo-flip30 napo", "napo-flip30 dpo-flip30",
+    "napo-flip30 cdpo-flip30", "cdpo-flip30 dpo-flip30", "rndpo mask-dpo-judge0", "rndpo-judge4 rndpo",
+    "mask-dpo-judge4 mask-dpo-judge0", "rndpo-judge4 mask-dpo-judge4")]
 READING = {"companion": "companion hallucination ↓", "chair_i": "CHAIR_i ↓", "chair_s": "CHAIR_s ↓", "recall": "recall",
            "f1": "finding F1", "laterality": "wrong side ↓"}
 ROWS = {f"report/{d}/{m}": f"{title}, {how}" for m, title in READING.items()
@@ -93,7 +98,7 @@ def run_unit(out, shared, bias, seed, recipes, preset):
         if not (out / name).exists():
             dpo.main(wanted[name])
     borrow(shared / "reader", out / "reader")
-    sample.main([*flags, "--bias", str(bias), "--seed", "7", *(["--n", "2000"] if preset == "small" else [])])
+    sample.main([*flags, "--bias", str(bias), "--seed", "7", *([] if preset == "tiny" else ["--n", "2000"])])
     borrow(out / "reader", shared / "reader")
     results = gather_results(out)
     margins = held_out_margins(cli(dpo.DPOConfig, dpo.PRESETS, [*flags, *data]), [n for n in results if n != "sft" and (out / n).is_dir()])
@@ -349,7 +354,8 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     parser.add_argument("--recipes", nargs="+", default=list(TABLE), choices=RECIPES, metavar="NAME",
                         help="recipes; by default " + " ".join(TABLE) + "; to test the papers' claims " + " ".join(CLAIMS))
-    parser.add_argument("--preset", default="small", choices=("tiny", "small"), help="tiny: seconds, for tests")
+    parser.add_argument("--preset", default="small", choices=("tiny", "quick", "small"),
+                        help="tiny: seconds, for tests; quick: about a minute a recipe (default: small)")
     parser.add_argument("--table", action="store_true", help="train nothing, show what the results hold")
     parser.add_argument("--eval", type=Path, nargs="+", metavar="PATH",
                         help="train nothing, show evaluations, one a seed: folders of sample.py, eval.json or result files")

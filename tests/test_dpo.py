@@ -1,6 +1,7 @@
 """Stage 2: the objectives' known values and gradients, pairs and what each writer is shown, the loop as a user runs it."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import re
@@ -19,7 +20,7 @@ from sft import INSTRUCTIONS, Vocabulary, encode_records
 from vqgan import stack, to_pixels
 
 VOCAB = Vocabulary.train(["Enlarged heart. No effusion. Normal."] * 3, codebook_size=8, text_size=300)
-REPORTS = {"distorted": "Normal.", "own": "Enlarged heart. Left effusion.", "scrambled": "No effusion.",
+REPORTS = {"distorted": "Normal.", "own": "Enlarged heart. Left effusion.", "habit": "No effusion.",
            "no-question": "Left effusion."}
 # the terms of each objective; bidpo's anchor holds two sequences
 TERMS = {"dpo": ["text"], "bidpo": [*dpo.BOTH_WAYS, "anchor", "anchor"],
@@ -72,10 +73,10 @@ def sums(whole, tokens=1):
     return dpo.Sums(whole, tokens, whole, tokens)
 
 
-def contrast(margin, mean_margin=0.0, keep=1.0):
+def contrast(margin, mean_log_ratio=0.0, keep=1.0):
     """A Contrast of pairs that all count, unless told otherwise."""
     margin = torch.as_tensor(margin)
-    return dpo.Contrast(margin, *(torch.as_tensor(v).expand(margin.shape) for v in (mean_margin, keep)))
+    return dpo.Contrast(margin, *(torch.as_tensor(v).expand(margin.shape) for v in (mean_log_ratio, keep)))
 
 
 LOG2 = math.log(2)
@@ -89,7 +90,7 @@ def test_loss_at_step_0(objective):
     loss, terms, contrasts = dpo.objective_loss(*scored(cfg), cfg)
     expected = sum(getattr(cfg, f"{name}_weight") * AT_0.get(name, LOG2) for name in TERMS[objective])
     assert loss.item() == pytest.approx(expected, rel=1e-5) and terms.keys() == set(TERMS[objective])
-    assert all((c.margin == 0).all() and (c.mean_margin == 0).all() for c in contrasts.values())
+    assert all((c.margin == 0).all() and (c.mean_log_ratio == 0).all() for c in contrasts.values())
 
 
 def plain_loss(objective, r, cfg):
@@ -116,7 +117,9 @@ def plain_loss(objective, r, cfg):
     total = text()
     for bias, weight in (("language", cfg.language_weight), ("vision", cfg.vision_weight)):
         w, l = r["text_chosen"], r[f"text_{bias}"]
-        q = 2 * (1 - torch.sigmoid(cfg.napo_alpha * (w.whole / w.tokens - l.whole / l.tokens).mean()))
+        z = (cfg.language_alpha * (w.whole / w.tokens - l.whole / l.tokens) if bias == "language" else
+             cfg.vision_alpha * (w.whole - l.whole))
+        q = 2 * (1 - torch.sigmoid(z.mean()))
         q = q.clamp(cfg.q_min, cfg.q_max).item()
         total = total + weight * ((1 - torch.sigmoid(difference("text_chosen", f"text_{bias}")) ** q) / q).mean()
     return total
@@ -130,7 +133,7 @@ WEIGHTS = [f"--{name.replace('_', '-')}-weight" for name in (*dpo.BOTH_WAYS, "an
 def test_value_and_gradient_are_those_of_the_plain_formula(objective, other):
     """By the objective's own weights, and by others that all differ."""
     others = [word for i, flag in enumerate(WEIGHTS) for word in (flag, str(2 + i))]
-    cfg = config(objective, *others, "--anchor-delta", "0.3", "--napo-alpha", "2") if other else config(objective)
+    cfg = config(objective, *others, "--anchor-delta", "0.3", "--language-alpha", "2", "--vision-alpha", "0.3") if other else config(objective)
     ratios, keep = scored(cfg, B=5, seed=1)
     loss, expected = dpo.objective_loss(ratios, keep, cfg)[0], plain_loss(objective, ratios, cfg)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -147,6 +150,15 @@ def test_gradient_at_the_start_is_minus_beta_over_2b():
     torch.testing.assert_close(logps.grad, torch.full((4,), -0.2 / (2 * 4)))
 
 
+def test_label_smoothing_takes_a_share_of_the_pairs_for_swapped():
+    """(1 − ε)·(−log σ(z)) + ε·(−log σ(−z)), of dpo alone."""
+    nls = lambda z: math.log(1 + math.exp(-z))
+    assert dpo.preference_loss(contrast([1.5]), 0.2).item() == pytest.approx(0.8 * nls(1.5) + 0.2 * nls(-1.5), rel=1e-6)
+    ratios, keep = {"text_chosen": sums([2.0]), "text_rejected": sums([-1.0])}, {"text": torch.ones(1)}
+    loss = dpo.objective_loss(ratios, keep, config("dpo", "--beta", "1", "--label-smoothing", "0.2"))[0]
+    assert loss.item() == pytest.approx(0.8 * nls(3) + 0.2 * nls(-3), rel=1e-6)
+
+
 def test_anchor_by_hand():
     assert dpo.anchor_loss(torch.tensor(2.0), 0.5).item() == pytest.approx(math.log(1 + math.exp(-1.5)))
 
@@ -160,20 +172,27 @@ def test_box_cox_runs_from_dpo_to_mae():
         assert dpo.box_cox_loss(contrast([0.0]), q).item() == pytest.approx((1 - 2 ** -q) / q, rel=1e-5)
 
 
-def test_q_rises_where_margins_are_near_zero_and_carries_no_gradient():
-    cfg = config("napo", "--napo-alpha", "2", "--q-max", "0.8")
+def test_q_rises_where_log_ratios_are_near_zero_and_carries_no_gradient():
+    cfg, one = config("napo", "--q-max", "0.8"), torch.ones(1)
     mean = torch.tensor([0.3], requires_grad=True)
-    q = lambda mean_margin: dpo.noise_q(contrast([0.0], mean_margin), cfg)
-    assert q(mean).item() == pytest.approx(2 * (1 - 1 / (1 + math.exp(-2 * 0.3))))
-    assert q(-1.0).item() == pytest.approx(cfg.q_max) and q(50.0).item() == pytest.approx(cfg.q_min)
-    assert not q(mean).requires_grad
+    q = lambda log_ratio: dpo.noise_q(torch.as_tensor([log_ratio]), one, 2.0, cfg).item()
+    assert q(0.3) == pytest.approx(2 * (1 - 1 / (1 + math.exp(-2 * 0.3))))
+    assert q(-1.0) == pytest.approx(cfg.q_max) and q(50.0) == pytest.approx(cfg.q_min)
+    assert not dpo.noise_q(mean, one, 2.0, cfg).requires_grad
 
 
 def test_q_looks_at_the_pairs_that_count_only():
-    """At their margins a token, without β: here 0 − (−16)/2 of the second pair."""
-    cfg, chosen, rejected = config("napo"), sums([0.0, 0.0]), sums([0.0, -16.0], tokens=2)
-    c = dpo.make_contrast("language", {"text_chosen": chosen, "text_language": rejected}, torch.tensor([0.0, 1.0]), cfg)
-    assert dpo.noise_q(c, cfg).item() == pytest.approx(max(cfg.q_min, 2 * (1 - 1 / (1 + math.exp(-8)))), abs=1e-6)
+    values, keep = torch.tensor([5.0, 8.0]), torch.tensor([0.0, 1.0])
+    assert dpo.noise_q(values, keep, 0.1, config("napo")).item() == pytest.approx(2 * (1 - 1 / (1 + math.exp(-0.8))))
+
+
+def test_napos_two_alphas_look_at_tokens_and_at_whole_reports(monkeypatch):
+    """Without β: the chosen one gains nothing, the rejected one of two tokens loses 16 nats, so 8 a token."""
+    asked = []
+    monkeypatch.setattr(dpo, "noise_q", lambda values, keep, alpha, cfg: asked.append((values.tolist(), alpha)) or 0.5)
+    ratios = {"text_chosen": sums([0.0]), **{f"text_{k}": sums([-16.0], tokens=2) for k in ("rejected", "language", "vision")}}
+    dpo.objective_loss(ratios, dict.fromkeys(("text", "language", "vision"), torch.ones(1)), config("napo"))
+    assert asked == [([8.0], 0.5), ([16.0], 0.01)]
 
 
 def test_each_term_has_its_own_margin_and_weight():
@@ -244,7 +263,7 @@ def test_the_normalised_margin_by_hand():
     texts = {"text_chosen": chosen, "text_rejected": rejected}
     text = dpo.make_contrast("text", texts, keep["mask"], cfg)
     torch.testing.assert_close(text.margin, 3 * (chosen.whole - rejected.whole))
-    torch.testing.assert_close(text.mean_margin, chosen.whole / chosen.tokens - rejected.whole / rejected.tokens)
+    torch.testing.assert_close(text.mean_log_ratio, chosen.whole / chosen.tokens - rejected.whole / rejected.tokens)
 
 
 @pytest.mark.parametrize("wording", range(3))
@@ -261,7 +280,7 @@ def test_what_each_sequence_holds(wording):
     segment = VOCAB.segment_prompt(pair.codes, "heart", wording)
     words, codes = VOCAB.text_response, VOCAB.image_response
     assert made == {"text_chosen": (on_genuine, words("Enlarged heart.")), "text_rejected": (on_genuine, words("Normal.")),
-                    "text_language": (on_genuine, words(REPORTS["scrambled"])),
+                    "text_language": (on_genuine, words(REPORTS["habit"])),
                     "text_vision": (on_genuine, words(REPORTS["no-question"])),
                     "text_given": (on_distorted, words("Enlarged heart.")),
                     "image_chosen": (draw, codes(pair.codes)), "image_rejected": (draw, codes(pair.distorted)),
@@ -479,6 +498,15 @@ def test_masks_are_ranked_by_their_agreement_not_by_the_truth():
     assert all((m == pairs[1].codes).all() for m in pairs[1].masks)
 
 
+def test_pairs_that_agree_are_kept_when_asked():
+    """Same finding in other words: no preference, unless one wants the noise; the same words never."""
+    pairs = make_pairs()[:1] * 2
+    pairs = [dataclasses.replace(p, chosen="Enlarged heart.", reports={"distorted": said})
+             for p, said in zip(pairs, ("Cardiomegaly.", "Enlarged heart."))] + make_pairs()
+    assert sided(pairs, config("dpo"))[1]["text"][:2].tolist() == [0, 0]
+    assert sided(pairs, config("dpo", "--keep-agreeing"))[1]["text"][:2].tolist() == [1, 0]
+
+
 def test_flipped_pairs_are_compared_the_wrong_way_round_and_else_stay():
     """Reports and masks; what is compared given another condition is not touched, nor what the NLL is taken of."""
     for objective, turned in (("mdpo", {"text"}), ("napo", {"text", "language", "vision"}), ("rndpo", {"mask"})):
@@ -551,7 +579,7 @@ def test_semantic_entropy_by_hand(monkeypatch):
 
 @pytest.mark.parametrize("objective, flags, added", [
     ("bidpo", [], set()), ("sft", [], set()), ("dpo", ["--rejected", "own"], {"own"}),
-    ("napo", [], {"scrambled", "no-question"}), ("mfpo", [], {"entropy"}), ("rndpo", [], {"masks"})])
+    ("napo", [], {"habit", "no-question"}), ("mfpo", [], {"entropy"}), ("rndpo", [], {"masks"})])
 def test_what_the_objective_needs_is_added_and_nothing_else(monkeypatch, objective, flags, added):
     done = set()
     monkeypatch.setattr(dpo, "sample_reports", lambda pairs, writer, *a: done.add(writer) or ["New."] * len(pairs))
@@ -596,13 +624,23 @@ def test_each_third_of_a_curriculum_has_a_schedule_of_its_own():
     assert dpo.schedule(config("mdpo", "--steps", "10"), 7) == (7, 10)
 
 
-def test_each_writer_sees_what_it_should():
-    pair = make_pairs()[0]
-    seen = {w: prompt(pair, VOCAB) for w, prompt in dpo.WRITERS.items()}
+def test_each_writer_sees_what_it_should(monkeypatch):
+    pair, said = make_pairs()[0], []
+    monkeypatch.setattr(dpo, "sample_words", lambda model, vocab, prompts, *a: said.append(prompts) or ["And so on."] * len(prompts))
+    written = {w: dpo.sample_reports([pair], w, None, VOCAB, config("napo"), 0) for w in dpo.WRITERS}
+    seen = {w: prompts[0] for w, (prompts,) in zip(dpo.WRITERS, zip(said))}
     ask = lambda codes, words=INSTRUCTIONS["report"][0]: VOCAB.ask_prompt(codes, words)
-    assert seen == {"own": ask(pair.codes), "distorted": ask(pair.distorted),
-                    "scrambled": ask(dpo.scrambled(pair)), "no-question": ask(pair.codes, "")}
-    assert sorted(dpo.scrambled(pair)) == sorted(pair.codes) and seen["scrambled"] != seen["own"]
+    begun = dpo.beginning(pair.chosen)
+    assert seen == {"own": ask(pair.codes), "distorted": ask(pair.distorted), "no-question": ask(pair.codes, ""),
+                    "habit": ask(dpo.scrambled(pair)) + VOCAB.encode_text(begun)}
+    assert written == {w: [f"{begun} And so on." if w == "habit" else "And so on."] for w in dpo.WRITERS}
+    assert sorted(dpo.scrambled(pair)) == sorted(pair.codes) and seen["habit"] != seen["own"]
+
+
+def test_a_report_begins_with_its_opening_and_its_first_finding():
+    assert dpo.beginning("Chest radiograph. Cardiomegaly. Small left effusion. No nodule.") == "Chest radiograph. Cardiomegaly."
+    for short in ("Head CT. Unremarkable brain.", "Atrophy.", ""):
+        assert dpo.beginning(short) == short
 
 
 def test_the_key_region_is_what_the_report_hangs_on(monkeypatch, model):
@@ -708,7 +746,7 @@ def test_every_objective_runs_on_the_same_pairs(out, capsys):
         assert terms == set(TERMS[objective]) and (out / objective / "model.safetensors").exists()
     after = rows_of(out)
     assert [r["reports"]["distorted"] for r in after] == [r["reports"]["distorted"] for r in before]
-    assert all({"distorted", "scrambled", "no-question"} == r["reports"].keys() and r["entropy"] >= 0 for r in after)
+    assert all({"distorted", "habit", "no-question"} == r["reports"].keys() and r["entropy"] >= 0 for r in after)
     assert len(dpo.read_pairs(out / "pairs", 64)[0].proposals) == config("rndpo").proposals
     made = (out / "pairs/pairs.jsonl").stat().st_mtime_ns
     run(out, "--steps", "2", "--objective", "rndpo", "--name", "again")
