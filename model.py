@@ -307,16 +307,20 @@ class CachedGPT:
     On few rows a step takes as long as it has operations, whatever their size, so q, k and v are merged into one product,
     gate and up into another. Prompts are padded on the left, so that all rows go on at one index."""
 
-    def __init__(self, model, prompts, max_new_tokens, allowed):
-        """prompts: lists of ids; allowed (low, high): the ids whose logits are computed. On CPUs float32, which is
-        faster here than casting to bfloat16 and back."""
+    def __init__(self, model, prompts, rows, max_new_tokens, allowed):
+        """prompts: lists of ids, to be read once each; rows: how many will go on from them (`keep`); allowed (low, high): the
+        ids whose logits are computed. Under autocast to bfloat16 CPUs take it for products of 32 rows and more alone, as all
+        else, and fewer, is slower with its casts."""
         config, device = model.config, model.device
-        half = device.type == "cuda" and torch.is_autocast_enabled("cuda")
-        state = {k: v.to(torch.bfloat16 if half else torch.float32) for k, v in merged_state(model).items()}
+        half = torch.is_autocast_enabled(device.type)
+        product_dtype = torch.bfloat16 if half and (rows >= 32 or device.type == "cuda") else torch.float32
+        dtype = torch.bfloat16 if half and device.type == "cuda" else torch.float32
+        state = {k: v.to(product_dtype if "_proj" in k else dtype) for k, v in merged_state(model).items()}
         self.n_q, self.n_kv, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.rms_norm = lambda x, weight: F.rms_norm(x, weight.shape[-1:], eps=config.rms_norm_eps) * weight
         self.embedding, self.norm = state["model.embed_tokens.weight"], state["model.norm.weight"]
-        self.head = (self.embedding if config.tie_word_embeddings else state["lm_head.weight"])[slice(*allowed)]
+        head = self.embedding if config.tie_word_embeddings else state["lm_head.weight"]
+        self.head = head[slice(*allowed)].to(product_dtype)
         self.layers = []
         for i in range(config.num_hidden_layers):
             part = lambda *names: torch.cat([state[f"model.layers.{i}.{name}.weight"] for name in names])
@@ -331,11 +335,11 @@ class CachedGPT:
         n_pad = torch.tensor([[T - len(p)] for p in prompts], device=device)
         steps, self.length = torch.arange(T + max_new_tokens, device=device), 0
         cos, sin = rotary((steps - n_pad).clamp(min=0), self.head_dim, config.rope_theta)
-        self.cos, self.sin = cos.transpose(1, 2).to(self.head.dtype), sin.transpose(1, 2).to(self.head.dtype)   # (B, S, 1, D)
+        self.cos, self.sin = cos.transpose(1, 2).to(dtype), sin.transpose(1, 2).to(dtype)                      # (B, S, 1, D)
         # what is added to scores: no position looks at padding; finite, as a softmax over nothing would be NaN
-        self.bias = -1e30 * (steps < n_pad)[:, None, None].to(self.head.dtype)                                 # (B, 1, 1, S)
+        self.bias = -1e30 * (steps < n_pad)[:, None, None].to(dtype)                                           # (B, 1, 1, S)
         shape = (len(prompts), self.n_kv, len(steps), self.head_dim)
-        self.k, self.v = ([self.head.new_zeros(shape) for _ in self.layers] for _ in "kv")
+        self.k, self.v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in self.layers] for _ in "kv")
 
     def keep(self, rows):
         """Go on with these rows, a tensor of indices, alone; one may come more than once."""
@@ -347,21 +351,22 @@ class CachedGPT:
         The arithmetic of Block and Attention, with the products merged; k and v grow by T positions."""
         with torch.autocast(ids.device.type, enabled=False):          # the weights have the right type already
             B, T = ids.shape
+            product = lambda x, W: F.linear(x.to(W.dtype), W).to(x.dtype)
             start, end, n_qk = self.length, self.length + T, self.n_q + self.n_kv
             x, cos, sin, bias = self.embedding[ids], self.cos[:, start:end], self.sin[:, start:end], self.bias[..., :end]
             if T > 1:
                 bias = bias + torch.full((T, end), -1e30, dtype=x.dtype, device=x.device).triu(start + 1)
             for layer, k, v in zip(self.layers, self.k, self.v):
-                qkv = F.linear(self.rms_norm(x, layer["norm"]), layer["qkv"]).view(B, T, -1, self.head_dim)
+                qkv = product(self.rms_norm(x, layer["norm"]), layer["qkv"]).view(B, T, -1, self.head_dim)
                 qk = rotate(self.rms_norm(qkv[:, :, :n_qk], layer["qk_norm"]), cos, sin).transpose(1, 2)
                 k[:, :, start:end], v[:, :, start:end] = qk[:, self.n_q:], qkv[:, :, n_qk:].transpose(1, 2)
                 y = F.scaled_dot_product_attention(qk[:, :self.n_q], k[:, :, :end], v[:, :, :end], attn_mask=bias,
                                                    enable_gqa=self.n_q > self.n_kv)
-                x = x + F.linear(y.transpose(1, 2).reshape(B, T, -1), layer["o"])
-                gate, up = F.linear(self.rms_norm(x, layer["mlp_norm"]), layer["gate_up"]).chunk(2, dim=-1)
-                x = x + F.linear(F.silu(gate) * up, layer["down"])
+                x = x + product(y.transpose(1, 2).reshape(B, T, -1), layer["o"])
+                gate, up = product(self.rms_norm(x, layer["mlp_norm"]), layer["gate_up"]).chunk(2, dim=-1)
+                x = x + product(F.silu(gate) * up, layer["down"])
             self.length = end
-            return F.linear(self.rms_norm(x[:, -1], self.norm), self.head).float()
+            return product(self.rms_norm(x[:, -1], self.norm), self.head).float()
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):
@@ -401,7 +406,7 @@ def generate(model, prompts, max_new_tokens, allowed, stop_id=None, temperature=
         if guided:
             rows += [tuple(p) for p in unconditional[start:start + batch_size]]
         distinct = {row: i for i, row in enumerate(dict.fromkeys(rows))}           # a prompt that rows share is read once
-        decoder = CachedGPT(model, list(distinct), max_new_tokens, allowed)
+        decoder = CachedGPT(model, list(distinct), len(rows), max_new_tokens, allowed)
         copies = torch.tensor([distinct[row] for row in rows], device=model.device)
         logits = decoder(decoder.prompts)[copies]
         decoder.keep(copies)
