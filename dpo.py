@@ -486,15 +486,22 @@ def pair_example(pair, sequence, vocab):
 
 
 def pair_batch(pairs, indices, sequences, vocab, device):
-    """ids and labels (S, B, T) of S kinds of sequences of B pairs, all of them, whether a contrast counts them or not."""
-    examples = [pair_example(pairs[i], sequence, vocab) for sequence in sequences for i in indices]
+    """ids and labels (S, B, T) of S kinds of sequences of B pairs, all of them, whether a contrast counts them or not; and
+    the families of these S·B rows, those that show the same image or report, for per_token_logps."""
+    examples, families = [], {}
+    for sequence in sequences:
+        for i in indices:
+            shown = SEQUENCES[sequence](pairs[i])[1]
+            families.setdefault((i, id(shown)), []).append(len(examples))
+            examples.append(pair_example(pairs[i], sequence, vocab))
     ids, labels = collate(examples, vocab.pad, device)
-    return ids.unflatten(0, (len(sequences), -1)), labels.unflatten(0, (len(sequences), -1))
+    return ids.unflatten(0, (len(sequences), -1)), labels.unflatten(0, (len(sequences), -1)), list(families.values())
 
 
-def sum_logps(model, ids, labels, sequences):
+def sum_logps(model, ids, labels, families, sequences):
     """log π of a batch that pair_batch made: {sequence: Sums}."""
-    logps = per_token_logps(model, ids.flatten(0, 1), labels.flatten(0, 1)).unflatten(0, ids.shape[:2])   # (S, B, T-1)
+    logps = per_token_logps(model, ids.flatten(0, 1), labels.flatten(0, 1), families=families)
+    logps = logps.unflatten(0, ids.shape[:2])                                                         # (S, B, T-1)
     ids, counted = ids[..., 1:], labels[..., 1:] != -100
     at = {sequence: i for i, sequence in enumerate(sequences)}
     result = {}

@@ -111,8 +111,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin):
-        """x (B, T, hidden_size); cos, sin (1, 1, T, head_dim). Causal: a position attends to itself and earlier ones."""
+    def forward(self, x, cos, sin, unseen=None):
+        """x (B, T, hidden_size); cos, sin (1 or B, 1, T, head_dim). unseen (B, 1, T, T): which position (3rd) may not attend
+        to which (4th); by default, causally, to later ones."""
         B, T, _ = x.shape
         heads = lambda y: y.view(B, T, -1, self.head_dim)                     # (B, T, nh, D)
         q = rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), cos, sin)   # (B, nh, T, D)
@@ -121,11 +122,11 @@ class Attention(nn.Module):
         if self.groups > 1:
             k, v = (y.repeat_interleave(self.groups, dim=1) for y in (k, v))  # nkv -> nh
         if x.is_cuda:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, None if unseen is None else ~unseen, is_causal=unseen is None)
         else:                             # written out: SDPA's backward is slow on CPUs (tests/bench.py)
             scores = (q @ k.transpose(-1, -2)) / math.sqrt(self.head_dim)     # (B, nh, T, T)
-            later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-            y = scores.masked_fill(later, float("-inf")).softmax(dim=-1).to(v.dtype) @ v
+            unseen = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1) if unseen is None else unseen
+            y = scores.masked_fill(unseen, float("-inf")).softmax(dim=-1).to(v.dtype) @ v
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -152,8 +153,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x, cos, sin, unseen=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, unseen)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -167,12 +168,13 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids):
-        positions = torch.arange(ids.size(1), device=ids.device)[None]
+    def forward(self, ids, positions=None, unseen=None):
+        """positions (B, T), by default 0, 1, 2, …; unseen: see Attention. Both are for `join`."""
+        positions = torch.arange(ids.size(1), device=ids.device)[None] if positions is None else positions
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed_tokens(ids)
         for block in self.layers:
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, unseen)
         return self.norm(x)
 
 
@@ -265,18 +267,50 @@ def token_logps(model, h, targets):
     return -F.cross_entropy(model.head(h).float(), targets, reduction="none")
 
 
-def response_logps(model, ids, labels):
-    """Log-probabilities (n,) of the n response tokens of ids (B, T), and the rows b and positions t that predict them."""
+def join(families, device):
+    """Rows that begin alike as one: what they share, then the rest of each, which does not see the others' rests.
+
+    An image is most of a sequence, and a pair asks much of the same image: read once, it costs once (for DPO
+    arXiv:2410.20305). families: lists of rows, a row a list of ids. Returns ids and positions (F, S) and unseen (F, 1, S, S)
+    for Backbone; and where the rows are in there, all families' in order: their family (B,), their tokens' places (B, T)."""
+    joined, family, places = [], [], []
+    for f, rows in enumerate(families):
+        shared = len(os.path.commonprefix(rows))
+        ids, positions, branch = rows[0][:shared], list(range(shared)), [0] * shared
+        for number, row in enumerate(rows, 1):
+            rest = row[shared:]
+            family.append(f)
+            places.append([*range(shared), *range(len(ids), len(ids) + len(rest))])
+            ids = ids + rest
+            positions += range(shared, len(row))
+            branch += [number] * len(rest)
+        joined.append((ids, positions, branch))
+    size = lambda lists: -(-max(map(len, lists)) // 8) * 8                # few lengths: each has kernels of its own
+    fill = lambda lists: torch.tensor([[*row, *[0] * (size(lists) - len(row))] for row in lists], device=device)
+    ids, positions, branch = map(fill, zip(*joined))
+    later = torch.ones(ids.size(1), ids.size(1), dtype=torch.bool, device=device).triu(1)
+    unseen = later | (branch[:, None] != branch[:, :, None]) & (branch[:, None] != 0)
+    return ids, positions, unseen[:, None], torch.tensor(family, device=device), fill(places)
+
+
+def response_logps(model, ids, labels, joined=None):
+    """Log-probabilities (n,) of the n response tokens of ids (B, T), and the rows b and positions t that predict them.
+
+    joined: what `join` made of the rows of ids, if it is to be read in their place."""
     b, t = (labels[:, 1:] != -100).nonzero(as_tuple=True)          # position t predicts token t + 1
-    h, targets = model.model(ids)[b, t], labels[b, t + 1]           # (n, hidden_size)
-    n = max(1, MOST_LOGITS // model.config.vocab_size)
+    if joined is None:
+        h = model.model(ids)[b, t]                                  # (n, hidden_size)
+    else:
+        *inputs, family, places = joined
+        h = model.model(*inputs)[family[b], places[b, t]]
+    targets, n = labels[b, t + 1], max(1, MOST_LOGITS // model.config.vocab_size)
     if len(h) <= n:
         return token_logps(model, h, targets), b, t
     pieces = [checkpoint(token_logps, model, *p, use_reentrant=False) for p in zip(h.split(n), targets.split(n))]
     return torch.cat(pieces), b, t
 
 
-def per_token_logps(model, ids, labels, rows=None):
+def per_token_logps(model, ids, labels, rows=None, families=None):
     """Log-probability of each response token, in nats, given everything before it.
 
     ids (B, T); labels (B, T): the ids again inside the response, -100 elsewhere. The shift by one
@@ -284,15 +318,20 @@ def per_token_logps(model, ids, labels, rows=None):
     log-probability. Uniform logits give -log(V) a token. Only response positions pass the output
     head: with short answers after long prompts that saves most of its cost.
     Sequences of like length go through the model together, `rows` at a time and cut to about their length: a
-    third of a batch would be padding, and what 16 rows need stays in a CPU's cache (on a GPU 64 at a time)."""
+    third of a batch would be padding, and what 16 rows need stays in a CPU's cache (on a GPU 64 at a time).
+    families: lists of rows that begin alike, each row in one; they go through the model as one (`join`)."""
     rows = rows or (64 if ids.is_cuda else 16)
     logps = torch.zeros(len(ids), ids.size(1) - 1, device=ids.device)
-    lengths = ids.size(1) - (labels.flip(1) != -100).int().argmax(dim=1)          # up to the last response token
-    for part in lengths.argsort(stable=True).split(rows):
-        end = min(-(-int(lengths[part].max()) // 8) * 8, ids.size(1))             # few lengths: each has kernels of its own
+    lengths = (ids.size(1) - (labels.flip(1) != -100).int().argmax(dim=1)).tolist()        # up to the last response token
+    units = sorted(families or [[i] for i in range(len(ids))], key=lambda unit: sum(lengths[i] for i in unit))
+    for start in range(0, len(units), rows):
+        part = [i for unit in units[start:start + rows] for i in unit]
+        end = min(-(-max(lengths[i] for i in part) // 8) * 8, ids.size(1))
         inputs = model, ids[part, :end], labels[part, :end]
+        if families:
+            inputs += join([[ids[i, :lengths[i]].tolist() for i in unit] for unit in units[start:start + rows]], ids.device),
         found, b, t = checkpoint(response_logps, *inputs, use_reentrant=False) if model.recompute else response_logps(*inputs)
-        logps = logps.index_put((part[b], t), found)
+        logps = logps.index_put((torch.tensor(part, device=ids.device)[b], t), found)
     return logps
 
 

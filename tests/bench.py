@@ -157,16 +157,17 @@ def stage2(autocast, once=True):
     gpt, _ = gpt_of()
     cfg = DPOConfig(objective="dpo")
     sequences, (ids, labels) = ("text_chosen", "text_rejected"), a_batch_of_pairs()
+    families = [[i, 16 + i] for i in range(16)]                     # both reports of an image, which is read once
     optimizers, keep = make_optimizers(gpt, 1e-4, 1e-4, 0.0), {"text": torch.ones(16, device=DEVICE)}
     with torch.no_grad():
-        reference, every = sum_logps(gpt, ids, labels, sequences), torch.arange(16, device=DEVICE)
+        reference, every = sum_logps(gpt, ids, labels, families, sequences), torch.arange(16, device=DEVICE)
 
     def ours():
         with autocast():
             if not once:
                 with torch.no_grad():
-                    sum_logps(gpt, ids, labels, sequences)
-            policy = sum_logps(gpt, ids, labels, sequences)
+                    sum_logps(gpt, ids, labels, families, sequences)
+            policy = sum_logps(gpt, ids, labels, families, sequences)
         take_step(objective_loss(log_ratios(policy, reference, every), keep, cfg)[0], gpt.parameters(), optimizers, clip=1.0)
 
     with autocast():

@@ -232,9 +232,9 @@ def test_score_sums_responses_and_the_codes_that_differ(model):
     """By hand from the logits: pair a's images differ in the third of four codes."""
     names = dpo.sequences_of(config("rndpo"))
     pairs, _ = sided(make_pairs(), config("rndpo"))
-    ids, labels = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
+    ids, labels, families = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
     assert ids.shape[:2] == labels.shape[:2] == (len(names), 2)
-    found = dpo.sum_logps(model, ids, labels, names)
+    found = dpo.sum_logps(model, ids, labels, families, names)
     for i, name in enumerate(names):
         torch.testing.assert_close(found[name].whole, sequence_logps(model, ids[i], labels[i]))
     row = names.index("image_chosen")
@@ -246,7 +246,7 @@ def test_score_sums_responses_and_the_codes_that_differ(model):
     # masks: 1 1 1 1 over 5 1 1 6; the pair without masks compares its image with itself
     assert mask.omega_tokens.tolist() == [2, 0]
     # what is compared with nothing code by code: all its tokens
-    alone = dpo.sum_logps(model, ids[row:row + 1], labels[row:row + 1], ("image_chosen",))["image_chosen"]
+    alone = dpo.sum_logps(model, ids[row:row + 1], labels[row:row + 1], [[0, 1]], ("image_chosen",))["image_chosen"]
     for whole in (text, alone):
         assert torch.equal(whole.omega, whole.whole) and torch.equal(whole.omega_tokens, whole.tokens)
 
@@ -296,9 +296,21 @@ def test_every_objective_trains_on_the_controls_chosen_sequences(objective):
     names = dpo.sequences_of(cfg)
     assert names[:2] == dpo.CHOSEN == dpo.sequences_of(config("sft"))[:2] and set(dpo.chosen_of(cfg)) <= set(dpo.chosen_of(config("sft")))
     pairs, _ = sided(make_pairs(), cfg)
-    whole, _ = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
-    control, _ = dpo.pair_batch(pairs, [0, 1], dpo.CHOSEN, VOCAB, "cpu")
+    whole, *_ = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
+    control, *_ = dpo.pair_batch(pairs, [0, 1], dpo.CHOSEN, VOCAB, "cpu")
     assert whole.shape[:2] == (len(names), 2) and torch.equal(whole[:2, :, :control.size(2)], control)
+
+
+def test_sequences_that_show_the_same_image_or_report_are_a_family():
+    """Of each pair: the genuine image, the twin's, the report of both, that of the twin. Numbered sequence by sequence."""
+    pairs, names = sided(make_pairs(), config("bidpo"))[0], dpo.sequences_of(config("bidpo"))
+    for pair in pairs:
+        pair.twin_text = "Of the twin."
+    *_, families = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
+    together = [{"text_chosen", "text_rejected", "answer_chosen", "answer_rejected"}, {"text_given", "answer_given"},
+                {"image_chosen", "image_rejected"}, {"image_given"}]
+    found = {(frozenset(names[i // 2] for i in family), *{i % 2 for i in family}) for family in families}
+    assert found == {(frozenset(t), pair) for t in together for pair in (0, 1)} and len(families) == 8
 
 
 def test_log_ratios_are_zero_at_step_0(model):

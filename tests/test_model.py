@@ -595,6 +595,44 @@ def test_how_many_rows_go_together_changes_no_log_probability(gpt, rows):
     assert_close(per_token_logps(gpt, ids, labels, rows), expected, atol=1e-5, rtol=1e-5)
 
 
+ALIKE = [[[7, 8, 9, 1, 2], [7, 8, 9, 1, 3, 4], [7, 8, 9, 5]], [[3, 4]], [[6, 5, 4], [6, 5, 4]], [[1, 2], [3, 4, 5]]]
+
+
+def test_rows_that_begin_alike_are_joined():
+    """What they share once, then the rests, each at its own positions and seeing itself and what is shared."""
+    ids, positions, unseen, family, places = model.join(ALIKE, "cpu")
+    joined = [[7, 8, 9, 1, 2, 1, 3, 4, 5], [3, 4], [6, 5, 4], [1, 2, 3, 4, 5]]
+    assert ids.tolist() == [row + [0] * (16 - len(row)) for row in joined]
+    assert family.tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
+    rows = [row for rows in ALIKE for row in rows]
+    for row, f, place in zip(rows, family.tolist(), places.tolist()):
+        at = place[:len(row)]
+        assert ids[f, at].tolist() == row and positions[f, at].tolist() == list(range(len(row)))
+        for t, p in enumerate(at):
+            assert (~unseen[f, 0, p]).nonzero().flatten().tolist() == at[:t + 1]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64])
+def test_reading_rows_as_families_changes_no_log_probability_and_no_gradient(gpt, rows):
+    """Of responses that begin inside or after what is shared, and of numbers of rows in another order than the families'."""
+    flat = [row + [0] * (8 - len(row)) for family in ALIKE for row in family]
+    ids, labels = torch.tensor(flat), torch.tensor(flat)
+    for i, row in enumerate(row for family in ALIKE for row in family):
+        labels[i, :min(2, len(row) - 1) if i else 4], labels[i, len(row):] = -100, -100
+    order = torch.tensor([5, 0, 7, 3, 2, 6, 1, 4])
+    at = order.argsort().tolist()
+    families = [[at[0], at[1], at[2]], [at[3]], [at[4], at[5]], [at[6], at[7]]]
+    found, grads = [], []
+    for kind in (None, families):
+        gpt.zero_grad()
+        found.append(per_token_logps(gpt, ids[order], labels[order], rows, kind))
+        (found[-1] * torch.arange(1.0, 8)).sum().backward()
+        grads.append([p.grad.clone() for p in gpt.parameters()])
+    assert_close(*found, atol=1e-5, rtol=1e-5)
+    for alone, joined in zip(*grads):
+        assert_close(alone, joined, atol=1e-4, rtol=1e-4)
+
+
 def test_a_large_vocabulary_passes_the_head_in_pieces(gpt, monkeypatch):
     """Same log-probabilities, same gradients, never more than so many logits at once."""
     whole = per_token_logps(gpt, IDS, IDS)
