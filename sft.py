@@ -300,13 +300,18 @@ def pick_task(study, shares, rng):
     return TASKS[rng.choice(len(TASKS), p=p / p.sum())]
 
 
-def make_batch(studies, cfg, shares, vocab, step, device):
+def shares_of(cfg):
+    """{task: share of the sequences}."""
+    return {task: getattr(cfg, f"{task}_share") for task in TASKS}
+
+
+def make_batch(studies, cfg, vocab, step, device):
     """The batch of a step: ids and labels (B, T), drawn from (seed, step) alone, so a resumed run sees the same.
 
     With several processes B is this one's slice."""
     rng = np.random.default_rng([cfg.seed, 3, step])
     chosen = [studies[i] for i in batch_indices(len(studies), cfg.batch_size, step, cfg.seed)]
-    examples = [make_example(s, pick_task(s, shares, rng), vocab, rng, cfg.empty_share) for s in chosen]
+    examples = [make_example(s, pick_task(s, shares_of(cfg), rng), vocab, rng, cfg.empty_share) for s in chosen]
     return collate(own(examples), vocab.pad, device)
 
 
@@ -348,10 +353,7 @@ def validate(model, studies, tasks, vocab, phrases):
 def train(cfg):
     """Instruction-tune a GPT and write out/sft."""
     device, autocast = init_run(cfg)
-    check_resume(cfg, "sft")                                 # fail before the slow part, not at begin_stage
-    shares = {task: getattr(cfg, f"{task}_share") for task in TASKS}
-    if cfg.lora_rank and not cfg.init:
-        raise UserError("--lora-rank adapts a model that can do something already: name one with --init")
+    check_flags(cfg)                                         # fail before the slow part, not at begin_stage
     vqgan = load_vqgan(cfg, device, cfg.init)
     if not cfg.init and vqgan.config.data != image_source(cfg):
         raise UserError(f"{cfg.out}/vqgan was trained on {vqgan.config.data}, not on {image_source(cfg)}: "
@@ -361,7 +363,7 @@ def train(cfg):
     studies = open_studies(cfg, data["train"], vqgan, autocast)
     model, vocab, adapter = loaded or new_model(cfg, vqgan, studies, device)
     describe(model, vocab, vqgan, cfg)
-    tasks = [t for t in TASKS if shares[t] > 0]
+    tasks = [t for t, share in shares_of(cfg).items() if share > 0]
     studies = studies.serving(tasks)
     val = encode_records(data["val"], range(min(cfg.val_records, len(data["val"]))), vqgan, cfg.seed, autocast)
     if not len(studies) or not any(t in tasks for s in val for t in s.tasks):
@@ -382,7 +384,7 @@ def train(cfg):
     for step in range(start, cfg.steps):
         set_lr(optimizers, get_lr(step, cfg.steps, warmup=40))
         torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike
-        ids, labels = make_batch(studies, cfg, shares, vocab, step, device)    # with several processes, this one's slice
+        ids, labels = make_batch(studies, cfg, vocab, step, device)    # with several processes, this one's slice
         with autocast():
             loss = response_loss(model, ids, labels)
         grad_norm = take_step(loss, trained, optimizers, clip=1.0)
@@ -505,6 +507,13 @@ def load_vqgan(cfg, device, init=""):
         raise UserError(f"{folder} was trained for --image-size {vqgan.config.image_size} and --channels "
                         f"{vqgan.config.channels}, not {cfg.image_size} and {cfg.channels}: use these, or another --out")
     return vqgan
+
+
+def check_flags(cfg):
+    """Raise UserError for a state that --resume cannot go on from, and for adapters without a model to adapt."""
+    check_resume(cfg, "sft")
+    if cfg.lora_rank and not cfg.init:
+        raise UserError("--lora-rank adapts a model that can do something already: name one with --init")
 
 
 def load_gpt(folder, vqgan, device):

@@ -161,6 +161,11 @@ class VectorQuantizer(nn.Module):
         """codes (B, h·w) to z_q (B, D, h, w)."""
         return self.rows()[codes].unflatten(1, (h, -1)).permute(0, 3, 1, 2)
 
+    def count(self, codes):
+        """Note which codes a batch used."""
+        self.idle += 1
+        self.idle[codes.unique()] = 0
+
     @torch.no_grad()
     def renew(self, z, patience):
         """Move every code unused for `patience` steps onto a random vector of z; returns how many."""
@@ -258,9 +263,12 @@ def reconstruction_loss(x, x_rec, cfg):
     return cfg.l1_weight * F.l1_loss(x_rec, x) + cfg.l2_weight * F.mse_loss(x_rec, x) + cfg.pooled_weight * pooled
 
 
-def feature_loss(features_rec, features):
-    """Feature matching: L1 between the discriminator's layers on x_rec and on x (arXiv:1711.11585)."""
-    return sum(F.l1_loss(a, b.detach()) for a, b in zip(features_rec, features)) / len(features)
+def generator_losses(disc, x, x_rec):
+    """What the discriminator asks of x_rec: to pass for real, and feature matching, L1 between its layers on x_rec and on x
+    (arXiv:1711.11585)."""
+    (fake, features_rec), (_, features) = disc(x_rec), disc(x)
+    matching = sum(F.l1_loss(a, b.detach()) for a, b in zip(features_rec, features)) / len(features)
+    return -fake.float().mean(), matching
 
 
 def psnr(x, x_rec):
@@ -333,24 +341,22 @@ def train(cfg):
     d_optimizer = torch.optim.AdamW(disc.parameters(), lr=0.2 * cfg.lr, betas=(0.5, 0.9), weight_decay=0.0)
     folder, progress = begin_stage(cfg, "vqgan", [vqgan, disc], [optimizer, d_optimizer])
     start = progress.get("step", 0)
-
     data = open_data(cfg)
     images = image_stack(data["train"], cfg.images, cfg.mask_share, cfg.channels, cfg.seed)
     val = to_pixels(image_stack(data["val"], 256, cfg.mask_share, cfg.channels, cfg.seed)).to(device)
     log = Log(f"{cfg.out}/vqgan.jsonl", "vqgan", cfg.steps, start)
     for step in range(start, cfg.steps):
         set_lr([optimizer, d_optimizer], get_lr(step, cfg.steps, warmup=40))
-        x = to_pixels(images[own(batch_indices(len(images), cfg.batch_size, step, cfg.seed))]).to(device)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = to_pixels(images[own(batch_indices(len(images), cfg.batch_size, step, cfg.seed))])
+        x = x.to(device, memory_format=torch.channels_last)
         adversary = step >= cfg.disc_start and cfg.disc_weight > 0
 
         with autocast():
             x_rec, codes, codebook_loss, commitment_loss, z = vqgan(x)
             rec_loss = reconstruction_loss(x, x_rec.float(), cfg)
-            g_loss = matching = d_weight = torch.zeros((), device=device)
+            g_loss = matching = d_weight = d_loss = torch.zeros((), device=device)
             if adversary:
-                fake, fake_features = disc(x_rec)
-                g_loss, matching = -fake.float().mean(), feature_loss(fake_features, disc(x)[1])
+                g_loss, matching = generator_losses(disc, x, x_rec)
                 d_weight = cfg.disc_weight * adaptive_weight(rec_loss, g_loss, vqgan.decoder.last.weight)
             loss = rec_loss + codebook_loss + cfg.beta * commitment_loss \
                 + d_weight * g_loss + cfg.feature_weight * matching
@@ -358,14 +364,12 @@ def train(cfg):
         grad_norm = take_step(loss / processes(), vqgan.parameters(), [optimizer], clip=1.0)
         log.count(step, grad_norm)
 
-        d_loss = torch.zeros((), device=device)
         if adversary:
             with autocast():
                 d_loss = d_hinge_loss(disc(x)[0].float(), disc(x_rec.detach())[0].float())
             take_step(d_loss / processes(), disc.parameters(), [d_optimizer])
 
-        vqgan.quantizer.idle += 1
-        vqgan.quantizer.idle[gather(codes).unique()] = 0
+        vqgan.quantizer.count(gather(codes))
         if step % cfg.renew_every == 0 and step < 0.7 * cfg.steps:       # the rest settles
             torch.manual_seed(cfg.seed + step)                          # a resumed run draws alike
             vqgan.quantizer.renew(gather(z.detach()), cfg.renew_every)
@@ -373,9 +377,8 @@ def train(cfg):
         if step % cfg.log_every == 0 or step == cfg.steps - 1:
             with autocast():
                 held_out = validate(vqgan, val)
-            figures = dict(loss=loss, rec_loss=rec_loss, codebook_loss=codebook_loss, commitment_loss=commitment_loss,
-                           g_loss=g_loss, feature_loss=matching, d_loss=d_loss, d_weight=d_weight,
-                           psnr=psnr(x, x_rec.float()).mean())
+            figures = dict(loss=loss, rec_loss=rec_loss, codebook_loss=codebook_loss, commitment_loss=commitment_loss, d_loss=d_loss,
+                           g_loss=g_loss, feature_loss=matching, d_weight=d_weight, psnr=psnr(x, x_rec.float()).mean())
             means = gather(torch.stack(list(figures.values())).detach()[None]).mean(dim=0)       # over all processes
             log(step, ("loss", "psnr", "val/psnr"), **dict(zip(figures, means)), lr=optimizer.param_groups[0]["lr"], **held_out)
             log.warn(step > 200 and held_out["codebook/usage"] < 0.1, "over nine tenths of the codes are unused; lower --lr")

@@ -36,7 +36,6 @@ SHAPES = {"small": {}, "100M": dict(hidden_size=768, intermediate_size=2304, num
                                     num_key_value_heads=4),
           "400M": dict(hidden_size=1280, intermediate_size=3840, num_hidden_layers=20, num_attention_heads=20,
                        num_key_value_heads=5)}
-SHARES = {"report": 0.30, "generate": 0.40, "ask": 0.18, "segment": 0.12}
 
 
 def have(package):
@@ -75,7 +74,7 @@ def a_batch(n=64):
     vocab = Vocabulary.train([r.text for r in records] * 9, 512)
     studies = [Study(rng.integers(512, size=64), r.text, r.questions, (("heart", rng.integers(512, size=64)),), None)
                for r in records]
-    return make_batch(studies, SFTConfig(batch_size=n), SHARES, vocab, 0, DEVICE)
+    return make_batch(studies, SFTConfig(batch_size=n), vocab, 0, DEVICE)
 
 
 def a_batch_of_pairs(n=16):

@@ -16,7 +16,7 @@ from conftest import figures_of
 from data import Phantoms, Record
 from model import UserError, cli, read_tensors, save_state
 from vqgan import (VQGAN, PatchDiscriminator, VQGANConfig, VQGANTrainConfig, VectorQuantizer, adaptive_weight,
-                   codebook_figures, d_hinge_loss, encode_images, feature_loss, image_stack, psnr, reconstruction_loss,
+                   codebook_figures, d_hinge_loss, encode_images, generator_losses, image_stack, psnr, reconstruction_loss,
                    stack, to_images, to_pixels)
 
 AXES = torch.cat([torch.eye(3), -torch.eye(3)])       # six codes in three dimensions, far apart
@@ -163,13 +163,15 @@ def test_reconstruction_loss_by_hand():
     assert_close(reconstruction_loss(x, x_rec, cfg), torch.tensor(1.0 + 2 + 1))
 
 
-def test_feature_loss_moves_the_reconstruction_only():
-    layer = lambda value: torch.full((2,), value, requires_grad=True)
-    real, rec = [layer(1.0), layer(1.0)], [layer(3.0), layer(1.5)]
-    loss = feature_loss(rec, real)
-    loss.backward()
-    assert_close(loss.detach(), torch.tensor(1.25))
-    assert real[0].grad is None and rec[0].grad is not None
+def test_the_generators_losses_move_the_reconstruction_only():
+    """A discriminator of one layer, the image itself, and its mean for a logit: x is 1 and 1, x_rec 3 and 1.5."""
+    disc = lambda x: (x.mean(), [x])
+    x, x_rec = torch.ones(2, requires_grad=True), torch.tensor([3.0, 1.5], requires_grad=True)
+    g_loss, matching = generator_losses(disc, x, x_rec)
+    (g_loss + matching).backward()
+    assert_close(g_loss.detach(), torch.tensor(-2.25))
+    assert_close(matching.detach(), torch.tensor(1.25))
+    assert x.grad is None and x_rec.grad is not None
 
 
 def test_discriminator_judges_patches():
