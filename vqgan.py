@@ -347,8 +347,8 @@ def train(cfg):
     log = Log(f"{cfg.out}/vqgan.jsonl", "vqgan", cfg.steps, start)
     for step in range(start, cfg.steps):
         set_lr([optimizer, d_optimizer], get_lr(step, cfg.steps, warmup=40))
-        x = to_pixels(images[own(batch_indices(len(images), cfg.batch_size, step, cfg.seed))])
-        x = x.to(device, memory_format=torch.channels_last)
+        x = images[own(batch_indices(len(images), cfg.batch_size, step, cfg.seed))].to(device)      # bytes, a quarter of floats
+        x = to_pixels(x).contiguous(memory_format=torch.channels_last)
         adversary = step >= cfg.disc_start and cfg.disc_weight > 0
 
         with autocast():
