@@ -406,8 +406,8 @@ def erase(image, mask):
     return result
 
 
-def distort(records, index, kind, strength, rng, region=None):
-    """The Twin of record `index`.
+def distort(record, records, kind, strength, rng, region=None):
+    """The Twin of a record, one of records.
 
     Global kinds are in PIXEL_DISTORTIONS. region-noise: noise inside one finding's mask only; where none has
     a mask, inside region(record), a mask (H, W) or None that the caller finds; else everywhere. remove, add,
@@ -416,7 +416,6 @@ def distort(records, index, kind, strength, rng, region=None):
     one that states something else.
     What is impossible is replaced, and Twin.kind names what was done: a phantom's remove or mirror by add; a real
     image's add, and its remove without a finding's mask, by other. Noise in region(record) is model-region-noise."""
-    record = records[index]
     if kind in PIXEL_DISTORTIONS:
         return Twin(PIXEL_DISTORTIONS[kind](record.image, rng, strength), kind)
     if kind in ("remove", "add", "mirror") and record.spec:
@@ -438,8 +437,8 @@ def distort(records, index, kind, strength, rng, region=None):
         return Twin(np.where(mask if noise.ndim == 2 else mask[..., None], noise, record.image), kind)
     if kind == "mirror":
         return Twin(flip(record.image, rng, strength), kind)
-    for _ in range(10 if len(records) > 1 else 0):
-        another = records[(index + 1 + int(rng.integers(len(records) - 1))) % len(records)]
+    for _ in range(20):
+        another = records[int(rng.integers(len(records)))]
         if not same_statement(record, another):
             return Twin(another.image, "other", another.text, *ask_both(record, another))
     return Twin(None, "other")

@@ -364,12 +364,12 @@ REQUEST = INSTRUCTIONS["report"][0]
 BIASED = {"language": "habit", "vision": "no-question"}      # contrast: which of these gives its rejected report
 
 
-def twins_of(records, index, cfg, region):
-    """The different ones among cfg.candidates twins of a record, of one kind, drawn from (seed, index): a list of Twin."""
+def twins_of(record, index, records, cfg, region):
+    """The different ones among cfg.candidates twins of record `index`, of one kind, drawn from (seed, index): a list of Twin."""
     rng, twins = np.random.default_rng([cfg.seed, 5, index]), {}
     kind = cfg.distort[rng.integers(len(cfg.distort))]      # one a record, else least_noticed would favour one
     for _ in range(cfg.candidates):
-        twin = distort(records, index, kind, cfg.strength, rng, region)
+        twin = distort(record, records, kind, cfg.strength, rng, region)
         if twin.image is not None:
             twins.setdefault(twin.image.tobytes(), twin)
     return list(twins.values())
@@ -385,7 +385,7 @@ def build_pairs(records, studies, cfg, vqgan, region, autocast):
         drafts, dropped = [], Counter()          # (index, record, twin)
         for index in map(int, batch):
             record = records[index]
-            twins = twins_of(records, index, cfg, region) if record.text else []
+            twins = twins_of(record, index, records, cfg, region) if record.text else []
             drafts += [(index, record, twin) for twin in twins]
             if not twins:
                 dropped["which no distortion fits" if record.text else "without text"] += 1

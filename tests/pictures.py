@@ -68,7 +68,7 @@ def a_study(size):
     records = Phantoms("test", 40_000, bias=0, size=size)
     for index, record in enumerate(records):
         if names_and_sides(record.findings) == {("cardiomegaly", ""), ("effusion", "left")}:
-            twin = distort(records, index, "remove", 0, np.random.default_rng(index))
+            twin = distort(records[index], records, "remove", 0, np.random.default_rng(index))
             if "Small left" in record.text and "effusion" not in twin.text and all(
                     "Enlarged heart" in text and "No " not in text for text in (record.text, twin.text)):
                 return record, twin

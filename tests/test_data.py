@@ -488,7 +488,7 @@ def test_a_twins_report_differs_from_the_genuine_one_in_the_changed_finding_alon
     """What the genuine report denies its twin denies too, but for a finding that was put in."""
     records, denials = Phantoms("train", 300), 0
     for index, record in enumerate(records):
-        twin = distort(records, index, ("remove", "add")[index % 2], 0, rng(index))
+        twin = distort(records[index], records, ("remove", "add")[index % 2], 0, rng(index))
         sentences = lambda text: {x.strip(". ") for x in text.split(". ")} - {x.strip(".") for x in data.NORMAL[record.spec.modality]}
         one, two = sentences(record.text), sentences(twin.text)
         denied, denied_there = ({x for x in stated if x.startswith("No ")} for stated in (one, two))
@@ -536,7 +536,7 @@ def test_erase_fills_with_the_median_around():
 @pytest.mark.parametrize("record", [REAL_GRAY, COLOUR], ids=["gray", "rgb"])
 @pytest.mark.parametrize("kind", ["region-noise", "remove"])
 def test_region_kinds_touch_only_the_mask_of_a_real_record(record, kind):
-    image, used, *_ = distort([record, OTHER], 0, kind, 900, rng())
+    image, used, *_ = distort(record, [record, OTHER], kind, 900, rng())
     changed = (image != record.image).reshape(64, 64, -1).any(axis=2)
     mask = record.masks["effusion"]
     assert used == kind and image.shape == record.image.shape and image.dtype == np.uint8
@@ -544,7 +544,7 @@ def test_region_kinds_touch_only_the_mask_of_a_real_record(record, kind):
 
 
 def test_region_noise_of_a_phantom_touches_only_a_findings_mask():
-    image, kind, *_ = distort([GRAY, OTHER], 0, "region-noise", 900, rng())
+    image, kind, *_ = distort(GRAY, [GRAY, OTHER], "region-noise", 900, rng())
     assert kind == "region-noise" and not (image != GRAY.image)[~GRAY.masks["effusion"]].any()
 
 
@@ -552,9 +552,9 @@ def test_remove_add_and_mirror_of_a_phantom_are_redrawn():
     without = draw(replace(GRAY.spec, findings=()))[0]
     across = draw(replace(GRAY.spec, findings=(Finding("effusion", "right", "large"),)))[0]
     for kind, expected in (("remove", without), ("mirror", across)):
-        image, used, *_ = distort([GRAY, OTHER], 0, kind, 500, rng())
+        image, used, *_ = distort(GRAY, [GRAY, OTHER], kind, 500, rng())
         assert used == kind and np.array_equal(image, expected)
-    image, used, *_ = distort([GRAY, OTHER], 0, "add", 500, rng(3))
+    image, used, *_ = distort(GRAY, [GRAY, OTHER], "add", 500, rng(3))
     assert used == "add" and np.array_equal(image, draw(redraw(GRAY.spec, "add", rng(3)))[0])
 
 
@@ -570,7 +570,7 @@ BARE = replace(REAL_GRAY, findings=None, masks={})
     (NORMAL, "region-noise", "noise"), (BARE, "region-noise", "noise"), (BARE, "remove", "other"),
     (BARE, "add", "other"), (BARE, "mirror", "mirror"), (GRAY, "other", "other")])
 def test_what_a_record_cannot_take_falls_back(record, kind, used):
-    image, actual, *_ = distort([record, OTHER], 0, kind, 500, rng())
+    image, actual, *_ = distort(record, [record, OTHER], kind, 500, rng())
     assert actual == used
     if used == "other":
         assert np.array_equal(image, OTHER.image)
@@ -582,33 +582,33 @@ def test_region_noise_asks_for_a_region_where_no_finding_has_a_mask():
     """The caller's region bounds the noise; where it finds none, noise is everywhere, and the kind says so."""
     corner = np.zeros((64, 64), bool)
     corner[:16, :16] = True
-    image, kind, *_ = distort([BARE, OTHER], 0, "region-noise", 900, rng(), lambda record: corner)
+    image, kind, *_ = distort(BARE, [BARE, OTHER], "region-noise", 900, rng(), lambda record: corner)
     changed = image != BARE.image
     assert kind == "model-region-noise" and changed[corner].mean() > 0.5 and not changed[~corner].any()
-    image, kind, *_ = distort([BARE, OTHER], 0, "region-noise", 900, rng(), lambda record: None)
+    image, kind, *_ = distort(BARE, [BARE, OTHER], "region-noise", 900, rng(), lambda record: None)
     assert kind == "noise" and (image != BARE.image)[~corner].mean() > 0.5
     # a finding's own mask comes first
-    assert distort([GRAY, OTHER], 0, "region-noise", 900, rng(), lambda record: corner)[1] == "region-noise"
+    assert distort(GRAY, [GRAY, OTHER], "region-noise", 900, rng(), lambda record: corner)[1] == "region-noise"
 
 
 def test_other_is_never_the_record_itself_and_any_other_record():
     records = [replace(OTHER, image=np.full((64, 64), i, np.uint8), text=f"No. {i}") for i in range(4)]
-    assert {int(distort(records, 2, "other", 1, rng(s)).image[0, 0]) for s in range(40)} == {0, 1, 3}
+    assert {int(distort(records[2], records, "other", 1, rng(s)).image[0, 0]) for s in range(40)} == {0, 1, 3}
 
 
 def test_a_lone_record_has_no_other_nor_one_among_its_like():
     """Another image of which the same is stated contradicts nothing."""
-    assert distort([OTHER], 0, "other", 1, rng()) [:2] == (None, "other")
-    assert distort([GRAY, replace(GRAY, text="In other words.")], 0, "other", 1, rng()) [:2] == (None, "other")
+    assert distort(OTHER, [OTHER], "other", 1, rng()) [:2] == (None, "other")
+    assert distort(GRAY, [GRAY, replace(GRAY, text="In other words.")], "other", 1, rng()) [:2] == (None, "other")
     unknown = replace(OTHER, findings=None)
-    assert distort([unknown, unknown], 0, "other", 1, rng()) [:2] == (None, "other")
-    assert distort([unknown, replace(unknown, text="Else.")], 0, "other", 1, rng())[0] is not None
+    assert distort(unknown, [unknown, unknown], "other", 1, rng()) [:2] == (None, "other")
+    assert distort(unknown, [unknown, replace(unknown, text="Else.")], "other", 1, rng())[0] is not None
 
 
 @pytest.mark.parametrize("kind", DISTORTIONS)
 def test_distort_is_deterministic_and_differs_from_the_record(kind):
     records = [GRAY, NORMAL, OTHER]
-    (one, kind_one, *_), (two, kind_two, *_) = (distort(records, 0, kind, 500, rng(7)) for _ in range(2))
+    (one, kind_one, *_), (two, kind_two, *_) = (distort(records[0], records, kind, 500, rng(7)) for _ in range(2))
     assert kind_one == kind_two and np.array_equal(one, two)
     assert one.shape == GRAY.image.shape and one.dtype == np.uint8 and not np.array_equal(one, GRAY.image)
 
