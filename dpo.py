@@ -18,7 +18,7 @@ not cover):
 Of several m' (--candidates) we take the one given which the SFT model finds y likeliest: a hard pair. Further terms are
 
     anchor        −log σ(r(chosen) − δ)    what is chosen must not become less likely (AncPO, arXiv:2406.11839)
-    language      (1 − σ(margin)^q)/q      as text, y_l written from habit, of a scrambled image; q: see noise_q (NaPO, arXiv:2503.17928)
+    language      (1 − σ(margin)^q)/q      as text, y_l written of a scrambled image; q: see noise_q (NaPO, arXiv:2503.17928)
     vision        the same                 y_l written without the question
     mask          −log σ(margin)           two masks that the SFT model drew, ranked by a judge
 
@@ -67,8 +67,8 @@ from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, beg
                    finish_stage, gather, get_lr, init_run, make_optimizers, own, per_token_logps, process, read_json,
                    read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out,
                    sum_over_processes, take_step, train_mode, trained_parameters, weights_hash, write_tensors)
-from sft import (INSTRUCTIONS, collate, dice, draw_masks, load_gpt, load_vqgan, make_example, open_studies, pick_task, response_loss,
-                 sample_words)
+from sft import (INSTRUCTIONS, collate, dice, draw_masks, load_gpt, load_vqgan, make_example, open_studies, pick_task,
+                 response_loss, sample_words)
 from vqgan import encode_images
 
 
@@ -87,8 +87,8 @@ class DPOConfig(TuneConfig):
     candidates: int = arg(4, "distorted images to try for a pair; the one that the SFT model notices least is taken")
     strength: int = arg(500, "noise and region-noise: DDPM step, 1 to 1000", most=1000)
     rejected: tuple = arg(("distorted",), "what the SFT model is shown when it writes the rejected report, mixed evenly: the "
-                          "distorted image, the genuine one (own: its own errors), that with its codes scrambled and the report begun "
-                          "(habit), or no-question", choices=("distorted", "own", "habit", "no-question"))
+                          "distorted image; the genuine one (own: its own errors); that one scrambled, the report begun "
+                          "(habit); that one without the question", choices=("distorted", "own", "habit", "no-question"))
     pair_temperature: float = arg(1.0, "temperature of the SFT model's reports and masks")
     flip_pairs: float = arg(0.0, "share of pairs whose two reports or masks are compared the wrong way round, as in noisy data "
                             "(and so logged); all other terms stay as they are", most=1)
