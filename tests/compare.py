@@ -78,6 +78,7 @@ TO_CONTROL = ["report/greedy/companion", "report/t1.0/companion", "report/greedy
 README_ROWS = ["report/greedy/companion", "report/greedy/chair_i", "report/greedy/recall", "ask/companion", "ask/accuracy",
                "generate/cfg1.5/f1", "generate/cfg1.5/frechet", "segment/dice"]
 BETWEEN = [*TO_CONTROL[:3], "report/greedy/recall", "segment/dice"]
+OF_CLAIMS = [*BETWEEN[:4], "ask/companion", "ask/accuracy", "generate/cfg1/f1", "generate/cfg1.5/f1", "segment/dice"]
 THERE = "companion there, and rightly stated"
 
 
@@ -236,6 +237,13 @@ def means_table(units, names):
     return markdown(["metric", *names], rows)
 
 
+def recipes_table(units, names):
+    """Markdown of one benchmark for many recipes: a recipe a row, a few metrics, the mean over seeds; marks as in means_table."""
+    names = [n for n in ("sft", *names) if all(n in u for u in units)]
+    rows = [[n, *(mean_cell(units, n, metric, marked=True) for metric in OF_CLAIMS)] for n in names]
+    return markdown(["recipe", *(ROWS[metric] for metric in OF_CLAIMS)], rows)
+
+
 def readme_table(found):
     """Markdown: a few rows of both benchmarks, SFT, control and bidpo; marks as in means_table."""
     seeds = [list(found.get(bias, {}).values()) for bias in (0.9, 0.0)]
@@ -340,7 +348,7 @@ def print_units(found):
         print(f"\n--bias {bias:g}, seeds {' '.join(map(str, seeds))}")
         print(f"\n{means_table(units, TABLE)}\n\n{differences_table(units, TABLE)}")
         if any(all(n in u for u in units) for n in CLAIMS):
-            print(f"\n{means_table(units, RECIPES)}")
+            print(f"\n{recipes_table(units, RECIPES)}")
         if between := [n for n in (f"{a} minus {b}" for a, b in VERSUS) if all(n in u for u in units)]:
             print(f"\n{differences_table(units, between, BETWEEN)}")
 

@@ -51,6 +51,12 @@ def test_bold_and_struck_through_need_every_seed_on_one_side():
     assert cell(unit(0.1, 0.3), unit(0.1, 0.2)) == title + "~~0.250~~ |"
 
 
+def test_many_recipes_have_a_row_each_with_the_same_marks():
+    header, _, *rows = compare.recipes_table([unit(-0.3, -0.1), unit(-0.2, -0.1, 0.35)], ["control", "dpo", "mdpo"]).splitlines()
+    assert header.startswith(f"| recipe | {ROWS[HABIT]} | ")
+    assert [row[:16] for row in rows] == ["| sft | 0.500 | ", "| control | 0.45", "| dpo | **0.300*"]
+
+
 def test_each_figure_has_its_decimals_and_what_was_not_measured_is_left_out():
     figures = {"report/greedy/distinct": 9.4, "generate/cfg1.5/frechet": 0.6, "drift/text_chosen": -0.26, "seconds": 100.2}
     rows = compare.means_table([{"sft": {}, "dpo": {k: {"value": v} for k, v in figures.items()}}], ["dpo"]).splitlines()[2:]
