@@ -410,12 +410,12 @@ def distort(record, records, kind, strength, rng, region=None):
     """The Twin of a record, one of records.
 
     Global kinds are in PIXEL_DISTORTIONS. region-noise: noise inside one finding's mask only; where none has
-    a mask, inside region(record), a mask (H, W) or None that the caller finds; else everywhere. remove, add,
+    a mask, inside region(), a mask (H, W) or None that the caller finds; else everywhere. remove, add,
     mirror: phantoms are drawn again with one finding taken out, put in or moved to the other side; a real
     image has a finding's mask filled (remove) or is flipped (mirror). other: the image of another record,
     one that states something else.
     What is impossible is replaced, and Twin.kind names what was done: a phantom's remove or mirror by add; a real
-    image's add, and its remove without a finding's mask, by other. Noise in region(record) is model-region-noise."""
+    image's add, and its remove without a finding's mask, by other. Noise in region() is model-region-noise."""
     if kind in PIXEL_DISTORTIONS:
         return Twin(PIXEL_DISTORTIONS[kind](record.image, rng, strength), kind)
     if kind in ("remove", "add", "mirror") and record.spec:
@@ -430,7 +430,7 @@ def distort(record, records, kind, strength, rng, region=None):
         return Twin(erase(record.image, mask), kind, "", *ask_removed(record, name))
     if kind == "region-noise":
         if mask is None:
-            kind, mask = "model-region-noise", region(record) if region else None
+            kind, mask = "model-region-noise", region() if region else None
         noise = add_noise(record.image, rng, strength)
         if mask is None:
             return Twin(noise, "noise")

@@ -51,6 +51,7 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -368,16 +369,17 @@ def twins_of(record, index, records, cfg, region):
     """The different ones among cfg.candidates twins of record `index`, of one kind, drawn from (seed, index): a list of Twin."""
     rng, twins = np.random.default_rng([cfg.seed, 5, index]), {}
     kind = cfg.distort[rng.integers(len(cfg.distort))]      # one a record, else least_noticed would favour one
+    once = region and cache(lambda: region(record))         # it takes some twenty passes of the model
     for _ in range(cfg.candidates):
-        twin = distort(record, records, kind, cfg.strength, rng, region)
+        twin = distort(record, records, kind, cfg.strength, rng, once)
         if twin.image is not None:
             twins.setdefault(twin.image.tobytes(), twin)
     return list(twins.values())
 
 
 def build_pairs(records, studies, cfg, vqgan, region, autocast):
-    """Pairs from cfg.pairs records, those that have a text; no reports yet. studies: the records' Studies; region as
-    `distort` wants it.
+    """Pairs from cfg.pairs records, those that have a text; no reports yet. studies: the records' Studies;
+    region(record): the mask that `distort` asks for.
 
     A record makes as many as it has different distorted images. A pair whose two images have the same codes is
     dropped. Raises UserError if none is left."""

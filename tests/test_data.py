@@ -582,13 +582,13 @@ def test_region_noise_asks_for_a_region_where_no_finding_has_a_mask():
     """The caller's region bounds the noise; where it finds none, noise is everywhere, and the kind says so."""
     corner = np.zeros((64, 64), bool)
     corner[:16, :16] = True
-    image, kind, *_ = distort(BARE, [BARE, OTHER], "region-noise", 900, rng(), lambda record: corner)
+    image, kind, *_ = distort(BARE, [BARE, OTHER], "region-noise", 900, rng(), lambda: corner)
     changed = image != BARE.image
     assert kind == "model-region-noise" and changed[corner].mean() > 0.5 and not changed[~corner].any()
-    image, kind, *_ = distort(BARE, [BARE, OTHER], "region-noise", 900, rng(), lambda record: None)
+    image, kind, *_ = distort(BARE, [BARE, OTHER], "region-noise", 900, rng(), lambda: None)
     assert kind == "noise" and (image != BARE.image)[~corner].mean() > 0.5
     # a finding's own mask comes first
-    assert distort(GRAY, [GRAY, OTHER], "region-noise", 900, rng(), lambda record: corner)[1] == "region-noise"
+    assert distort(GRAY, [GRAY, OTHER], "region-noise", 900, rng(), lambda: corner)[1] == "region-noise"
 
 
 def test_other_is_never_the_record_itself_and_any_other_record():
