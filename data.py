@@ -95,12 +95,15 @@ class Kind:
     """A kind of finding: what it may look like, how a report words it, and the phrases that state it."""
 
     wordings: tuple                   # {side} {size} {place} are filled in
-    phrases: tuple                    # what read_findings looks for
-    noun: str                         # its name after "No"
+    phrases: tuple                    # what read_findings looks for; the first is its noun, as in "No nodule."
     countable: bool = True            # "a nodule", but "atrophy"
     sides: tuple = LEFT_RIGHT
     sizes: tuple = ("",)
     places: tuple = ("",)
+
+    @property
+    def noun(self):
+        return self.phrases[0]
 
 
 SIZES, PLACES, NO_SIDE = ("small", "large"), ("upper", "lower"), ("",)
@@ -108,37 +111,35 @@ MODALITIES = {
     "chest radiograph": {
         "cardiomegaly": Kind(("Enlarged heart.", "Cardiomegaly.", "The cardiac silhouette is enlarged."),
                              ("cardiomegaly", "enlarged heart", "heart is enlarged", "cardiac silhouette is enlarged"),
-                             "cardiomegaly", countable=False, sides=NO_SIDE),
+                             countable=False, sides=NO_SIDE),
         "effusion": Kind(("{Size} {side} pleural effusion.", "There is a {size} pleural effusion on the {side}."),
-                         ("pleural effusion", "effusion"), "pleural effusion", sizes=SIZES),
+                         ("pleural effusion", "effusion"), sizes=SIZES),
         "pneumothorax": Kind(("{Size} {side} pneumothorax.", "There is a {size} pneumothorax on the {side}."),
-                             ("pneumothorax",), "pneumothorax", sizes=SIZES),
-        "nodule": Kind(("Nodule in the {side} {place} lung.", "{Side} {place} zone nodule."),
-                       ("nodule",), "nodule", places=PLACES),
+                             ("pneumothorax",), sizes=SIZES),
+        "nodule": Kind(("Nodule in the {side} {place} lung.", "{Side} {place} zone nodule."), ("nodule",), places=PLACES),
         "consolidation": Kind(("Consolidation in the {side} {place} lung.", "{Side} {place} zone consolidation.",
                                "Airspace opacity in the {side} {place} lung."),
-                              ("consolidation", "airspace opacity"), "consolidation", countable=False, places=PLACES),
+                              ("consolidation", "airspace opacity"), countable=False, places=PLACES),
     },
     "head CT": {
         "haemorrhage": Kind(("{Size} {side} intracerebral haemorrhage.", "{Side} hemisphere: {size} haemorrhage."),
-                            ("haemorrhage",), "haemorrhage", countable=False, sizes=SIZES),
+                            ("haemorrhage",), countable=False, sizes=SIZES),
         "shift": Kind(("Midline shift to the {side}.", "The midline is displaced to the {side}."),
-                      ("midline shift", "midline is displaced"), "midline shift", countable=False),
-        "infarct": Kind(("{Size} {side} infarct.", "{Side} hemisphere: {size} infarct."), ("infarct",), "infarct", sizes=SIZES),
-        "subdural": Kind(("{Side} subdural collection.", "Subdural collection on the {side}."),
-                         ("subdural collection",), "subdural collection"),
+                      ("midline shift", "midline is displaced"), countable=False),
+        "infarct": Kind(("{Size} {side} infarct.", "{Side} hemisphere: {size} infarct."), ("infarct",), sizes=SIZES),
+        "subdural": Kind(("{Side} subdural collection.", "Subdural collection on the {side}."), ("subdural collection",)),
         "hydrocephalus": Kind(("Hydrocephalus.", "The ventricles are dilated.", "Dilated ventricles."),
                               ("hydrocephalus", "ventricles are dilated", "dilated ventricles"),
-                              "hydrocephalus", countable=False, sides=NO_SIDE),
+                              countable=False, sides=NO_SIDE),
     },
     "brain MRI": {
-        "tumour": Kind(("{Size} {side} tumour.", "{Side} hemisphere: {size} mass."), ("tumour", "mass"), "tumour", sizes=SIZES),
-        "oedema": Kind(("{Side} oedema.", "Oedema in the {side} hemisphere."), ("oedema",), "oedema", countable=False),
-        "cyst": Kind(("{Side} arachnoid cyst.", "Arachnoid cyst on the {side}."), ("arachnoid cyst",), "arachnoid cyst"),
+        "tumour": Kind(("{Size} {side} tumour.", "{Side} hemisphere: {size} mass."), ("tumour", "mass"), sizes=SIZES),
+        "oedema": Kind(("{Side} oedema.", "Oedema in the {side} hemisphere."), ("oedema",), countable=False),
+        "cyst": Kind(("{Side} arachnoid cyst.", "Arachnoid cyst on the {side}."), ("arachnoid cyst",)),
         "atrophy": Kind(("Atrophy.", "The sulci are widened.", "Widened sulci."),
-                        ("atrophy", "sulci are widened", "widened sulci"), "atrophy", countable=False, sides=NO_SIDE),
-        "lesions": Kind(("White matter lesions.", "Multiple white matter lesions."),
-                        ("white matter lesions",), "white matter lesions", countable=False, sides=NO_SIDE),
+                        ("atrophy", "sulci are widened", "widened sulci"), countable=False, sides=NO_SIDE),
+        "lesions": Kind(("White matter lesions.", "Multiple white matter lesions."), ("white matter lesions",),
+                        countable=False, sides=NO_SIDE),
     },
 }
 # Trigger -> a function from it to the companion that it brings in training, with probability `bias`. Without
