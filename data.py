@@ -286,19 +286,19 @@ def redraw(spec, change, rng):
     """The Spec of the same patient with one finding changed; None where that is impossible.
 
     change: "remove" takes one finding out, "add" puts one in, "mirror" moves one to the other side."""
-    findings, kinds = list(spec.findings), MODALITIES[spec.modality]
-    if change == "add":
-        if absent := [n for n in kinds if n not in {f.name for f in findings}]:
-            name = absent[rng.integers(len(absent))]
-            findings.append(random_finding(name, kinds[name], rng))
+    findings, kinds = {f.name: f for f in spec.findings}, MODALITIES[spec.modality]
+    usable = {"remove": list(findings), "add": [name for name in kinds if name not in findings],
+              "mirror": [name for name, f in findings.items() if f.side]}[change]
+    if not usable:
+        return None
+    name = str(rng.choice(usable))
+    if change == "remove":
+        del findings[name]
+    elif change == "add":
+        findings[name] = random_finding(name, kinds[name], rng)
     else:
-        usable = [i for i, f in enumerate(findings) if change == "remove" or f.side]
-        if usable:
-            i = usable[rng.integers(len(usable))]
-            findings[i:i + 1] = [replace(findings[i], side=OPPOSITE[findings[i].side])] if change == "mirror" else []
-    order = list(kinds)
-    findings = tuple(sorted(findings, key=lambda f: order.index(f.name)))
-    return replace(spec, findings=findings) if findings != spec.findings else None
+        findings[name] = replace(findings[name], side=OPPOSITE[findings[name].side])
+    return replace(spec, findings=tuple(findings[name] for name in kinds if name in findings))
 
 
 # ---- The lesson: distortions, which make the dispreferred data -----------------------------------
