@@ -331,10 +331,10 @@ def invert(image, rng, strength):
 def shuffle_patches(image, rng, strength):
     """A 4x4 grid of patches in random order."""
     h, w = image.shape[0] // 4, image.shape[1] // 4
-    patches = [image[y:y + h, x:x + w] for y in range(0, 4 * h, h) for x in range(0, 4 * w, w)]
-    order, result = rng.permutation(16), image.copy()
-    for i, (y, x) in enumerate((y, x) for y in range(0, 4 * h, h) for x in range(0, 4 * w, w)):
-        result[y:y + h, x:x + w] = patches[order[i]]
+    corners = [(y, x) for y in range(0, 4 * h, h) for x in range(0, 4 * w, w)]
+    result = image.copy()
+    for (y, x), (from_y, from_x) in zip(corners, rng.permutation(corners)):
+        result[y:y + h, x:x + w] = image[from_y:from_y + h, from_x:from_x + w]
     return result
 
 
@@ -400,8 +400,7 @@ def ask_both(record, another):
 
 def erase(image, mask):
     """The mask filled with the median of the pixels around it."""
-    grown = np.asarray(Image.fromarray(mask).filter(ImageFilter.MaxFilter(7))) > 0 if mask.any() else mask
-    ring = grown & ~mask
+    ring = np.asarray(Image.fromarray(mask).filter(ImageFilter.MaxFilter(7))) & ~mask
     result = image.copy()
     result[mask] = np.median(image[ring], axis=0) if ring.any() else 0
     return result
