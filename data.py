@@ -176,8 +176,7 @@ class Spec:
 
 def random_finding(name, kind, rng):
     """A finding of this kind with a random side, size and place."""
-    choose = lambda options: options[rng.integers(len(options))]
-    return Finding(name, choose(kind.sides), choose(kind.sizes), choose(kind.places))
+    return Finding(name, *(str(rng.choice(options)) for options in (kind.sides, kind.sizes, kind.places)))
 
 
 def phantom_spec(seed, split, index, bias, modalities=3):
@@ -212,27 +211,23 @@ def write_report(spec, before=None):
 
     `before` is the Spec that this one is redrawn from: what was denied there is denied here too, where it still holds, so
     that both reports differ in the changed finding alone."""
-    r = spec.rng("report")
-    choose = lambda options: options[r.integers(len(options))]
-    kinds = MODALITIES[spec.modality]
-    opening = choose(OPENING[spec.modality])
-    sentences = []
+    r, kinds = spec.rng("report"), MODALITIES[spec.modality]
+    sentences = [str(r.choice(OPENING[spec.modality]))]
     for f in spec.findings:
-        wording = spec.rng("wording", f.name).choice(kinds[f.name].wordings)
-        words = {k: getattr(f, k) for k in ("side", "size", "place")}
-        sentences.append(wording.format(**words, Side=f.side.capitalize(), Size=f.size.capitalize()))
+        wording = str(spec.rng("wording", f.name).choice(kinds[f.name].wordings))
+        sentences.append(wording.format(**vars(f), Side=f.side.capitalize(), Size=f.size.capitalize()))
     stated, stated_before = ({f.name for f in s.findings} for s in (spec, before or spec))
     absent = [name for name in kinds if name not in stated_before]
     r.shuffle(absent)
-    names = ()
+    most = 0
     if stated_before and r.random() < 0.4:
-        names = absent[:1 if r.random() < 0.5 else 2]
-    denied = [kinds[name].noun for name in names if name not in stated]
-    if not sentences:
-        sentences = [choose(NORMAL[spec.modality])]
+        most = 1 if r.random() < 0.5 else 2
+    denied = [kinds[name].noun for name in absent[:most] if name not in stated]
+    if not stated:
+        sentences.append(str(r.choice(NORMAL[spec.modality])))
     elif denied:
         sentences.append(f"No {' or '.join(denied)}.")
-    return " ".join([opening, *sentences])
+    return " ".join(sentences)
 
 
 def ask_whether(kind, wording):
@@ -246,13 +241,12 @@ def ask_phantom(spec):
     """Questions and answers of a phantom: one present, one absent, one side, the modality."""
     r = spec.rng("questions")
     kinds = MODALITIES[spec.modality]
-    present = {f.name: f for f in spec.findings}
-    absent = [n for n in kinds if n not in present]
+    present = [f.name for f in spec.findings]
+    absent = [name for name in kinds if name not in present]
     questions = [("Which modality is this?", f"{spec.modality[0].upper() + spec.modality[1:]}.")]
-    if present:
-        questions.append((ask_whether(kinds[r.choice(list(present))], r.integers(2)), "Yes."))
-    if absent:
-        questions.append((ask_whether(kinds[r.choice(absent)], r.integers(2)), "No."))
+    for names, answer in ((present, "Yes."), (absent, "No.")):
+        if names:
+            questions.append((ask_whether(kinds[r.choice(names)], r.integers(2)), answer))
     if sided := [f for f in spec.findings if f.side]:
         f = sided[r.integers(len(sided))]
         questions.append((f"On which side is the {kinds[f.name].noun}?", f"{f.side.capitalize()}."))
