@@ -25,6 +25,7 @@ from collections import Counter
 from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -199,8 +200,8 @@ def draw(spec, size=64):
     finding out changes nothing but that finding."""
     look = spec.rng("look")
     canvas = Canvas(size, look.uniform(-0.06, 0.06))
-    found = {f.name: f for f in spec.findings}
-    DRAW[spec.modality](canvas, found, spec.rng("anatomy"), lambda name: spec.rng("place", name))
+    found = {f.name: SimpleNamespace(**vars(f), sign=SIGN.get(f.side), rng=spec.rng("place", f.name)) for f in spec.findings}
+    DRAW[spec.modality](canvas, found, spec.rng("anatomy"))
     image = canvas.image * look.uniform(0.9, 1.05) + look.uniform(0.0, 0.05)
     image = image + spec.rng("noise").normal(0, look.uniform(0.008, 0.02), image.shape)
     return (np.clip(image, 0, 1) * 255).astype(np.uint8), canvas.masks
@@ -440,23 +441,17 @@ def distort(record, records, kind, strength, rng, region=None):
 
 # ---- For consultation: how a phantom is drawn ----------------------------------------------------
 
-# Coordinates run from -1 to 1, x to the right of the image (the patient's left), y down. The functions
-# paint the findings `found`, {name: Finding}, on Canvas c; generators: a for the anatomy, rng_of(name) for a finding's place.
+# Coordinates run from -1 to 1, x to the right of the image (the patient's left), y down. The functions paint Canvas c:
+# the anatomy from generator a, then the findings `found`, {name: Finding that also has the sign of its x and an rng}.
 SIGN = {"left": 1.0, "right": -1.0}
-
-
-@lru_cache
-def grid(size):
-    """x and y, each (size, size), of every pixel centre."""
-    axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
-    return np.meshgrid(axis, axis)
 
 
 class Canvas:
     """A gray image in 0..1 with its masks; all shapes have edges one pixel soft."""
 
     def __init__(self, size, tilt):
-        x, y = grid(size)
+        x = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1                     # of the pixels' centres
+        y = x[:, None]
         self.x, self.y = x * np.cos(tilt) + y * np.sin(tilt), y * np.cos(tilt) - x * np.sin(tilt)
         self.soft = 2.0 / size
         self.image = np.zeros((size, size), np.float32)
@@ -483,14 +478,13 @@ class Canvas:
             self.masks[name] = self.masks[name] | mask if name in self.masks else mask
 
 
-def draw_chest(c, found, a, rng_of):
+def draw_chest(c, found, a):
     """A frontal radiograph: body, lungs, ribs, heart, then the findings in the order of the table."""
     width, base = a.uniform(0.30, 0.36), a.uniform(0.55, 0.65)
     c.paint(c.ellipse(0, 0.35, a.uniform(0.92, 1.0), 1.5), a.uniform(0.55, 0.65))
     lungs = {}
-    for side in LEFT_RIGHT:
-        s = SIGN[side]
-        lungs[side] = c.ellipse(s * a.uniform(0.43, 0.47), -0.05, width, a.uniform(0.68, 0.74)) \
+    for side, sign in SIGN.items():
+        lungs[side] = c.ellipse(sign * a.uniform(0.43, 0.47), -0.05, width, a.uniform(0.68, 0.74)) \
             * (1 - c.below(base + 0.25 * (np.abs(c.x) - 0.45) ** 2))
         c.paint(lungs[side], a.uniform(0.15, 0.22), f"{side} lung")
     for i in range(5):                                         # ribs: faint arcs over the lungs
@@ -504,25 +498,24 @@ def draw_chest(c, found, a, rng_of):
     if big:
         c.masks["cardiomegaly"] = c.masks["heart"]
     if f := found.get("effusion"):
-        s, r = SIGN[f.side], rng_of("effusion")
-        level = base - (0.42 if f.size == "large" else 0.20) + r.uniform(-0.03, 0.03)
-        meniscus = level - 0.28 * np.clip((s * c.x - 0.45) / 0.3, -0.5, 1)
+        level = base - (0.42 if f.size == "large" else 0.20) + f.rng.uniform(-0.03, 0.03)
+        meniscus = level - 0.28 * np.clip((f.sign * c.x - 0.45) / 0.3, -0.5, 1)
         c.paint(lungs[f.side] * c.below(meniscus), 0.68, "effusion")
     if f := found.get("pneumothorax"):
-        s, r = SIGN[f.side], rng_of("pneumothorax")
-        depth = (0.34 if f.size == "large" else 0.20) + r.uniform(-0.02, 0.02)
-        collapsed = c.ellipse(s * (0.45 - depth * 0.5), -0.05 + depth, width * 0.92, 0.70)
+        depth = (0.34 if f.size == "large" else 0.20) + f.rng.uniform(-0.02, 0.02)
+        collapsed = c.ellipse(f.sign * (0.45 - depth * 0.5), -0.05 + depth, width * 0.92, 0.70)
         air = lungs[f.side] * (1 - collapsed) * (1 - c.below(0.25))
         c.paint(air, 0.02, "pneumothorax")
     if f := found.get("consolidation"):
-        r = rng_of("consolidation")
-        x, y = SIGN[f.side] * r.uniform(0.42, 0.56), {"upper": -0.38, "lower": 0.18}[f.place] + r.uniform(-0.06, 0.06)
-        cloud = c.blob(x, y, r.uniform(0.17, 0.22)) * lungs[f.side]
+        x = f.sign * f.rng.uniform(0.42, 0.56)
+        y = (-0.38 if f.place == "upper" else 0.18) + f.rng.uniform(-0.06, 0.06)
+        cloud = c.blob(x, y, f.rng.uniform(0.17, 0.22)) * lungs[f.side]
         c.paint(0.85 * np.clip(1.3 * cloud, 0, 1), 0.60, "consolidation")
     if f := found.get("nodule"):
-        r = rng_of("nodule")
-        x, y = SIGN[f.side] * r.uniform(0.40, 0.58), {"upper": -0.40, "lower": 0.15}[f.place] + r.uniform(-0.12, 0.12)
-        c.paint(c.ellipse(x, y, *[r.uniform(0.10, 0.125)] * 2), 0.92, "nodule")
+        x = f.sign * f.rng.uniform(0.40, 0.58)
+        y = (-0.40 if f.place == "upper" else 0.15) + f.rng.uniform(-0.12, 0.12)
+        radius = f.rng.uniform(0.10, 0.125)
+        c.paint(c.ellipse(x, y, radius, radius), 0.92, "nodule")
 
 
 def draw_skull(c, a, bone, brain):
@@ -536,15 +529,15 @@ def draw_skull(c, a, bone, brain):
 
 def draw_ventricles(c, a, value, scale, shift):
     """A pair of frontal horns, `scale` times normal width, moved by `shift` along x."""
-    for side in LEFT_RIGHT:
-        c.paint(c.ellipse(shift + SIGN[side] * 0.11 * scale, -0.04, a.uniform(0.060, 0.075) * scale,
+    for sign in SIGN.values():
+        c.paint(c.ellipse(shift + sign * 0.11 * scale, -0.04, a.uniform(0.060, 0.075) * scale,
                           a.uniform(0.22, 0.26) * (0.7 + 0.3 * scale)), value, "ventricles")
 
 
-def draw_head_ct(c, found, a, rng_of):
+def draw_head_ct(c, found, a):
     """An axial head CT: bright skull, gray brain, dark ventricles, then the findings."""
     inside, rx, ry = draw_skull(c, a, 0.95, a.uniform(0.40, 0.46))
-    shift = SIGN[found["shift"].side] * rng_of("shift").uniform(0.15, 0.19) if "shift" in found else 0.0
+    shift = found["shift"].sign * found["shift"].rng.uniform(0.15, 0.19) if "shift" in found else 0.0
     falx = np.exp(-((c.x - shift * np.clip(1 - (c.y / ry) ** 2, 0, 1)) / 0.025) ** 2)
     c.paint(0.5 * falx * inside, 0.62)                         # the midline bulges with a shift
     draw_ventricles(c, a, 0.12, 1.75 if "hydrocephalus" in found else 1.0, shift)
@@ -553,23 +546,19 @@ def draw_head_ct(c, found, a, rng_of):
     if "hydrocephalus" in found:
         c.masks["hydrocephalus"] = c.masks["ventricles"]
     if f := found.get("infarct"):
-        r, s = rng_of("infarct"), SIGN[f.side]
         radius = 0.32 if f.size == "large" else 0.21
-        wedge = c.ellipse(s * (rx - 0.10), r.uniform(0.22, 0.36), radius, radius * 1.1) * inside
+        wedge = c.ellipse(f.sign * (rx - 0.10), f.rng.uniform(0.22, 0.36), radius, radius * 1.1) * inside
         c.paint(wedge, 0.18, "infarct")
     if f := found.get("haemorrhage"):
-        r, s = rng_of("haemorrhage"), SIGN[f.side]
-        radius = (0.21 if f.size == "large" else 0.12) + r.uniform(-0.01, 0.01)
-        c.paint(c.ellipse(s * r.uniform(0.34, 0.40), r.uniform(-0.42, -0.05), radius, radius * 1.1) * inside,
-                0.85, "haemorrhage")
+        radius = (0.21 if f.size == "large" else 0.12) + f.rng.uniform(-0.01, 0.01)
+        x, y = f.sign * f.rng.uniform(0.34, 0.40), f.rng.uniform(-0.42, -0.05)
+        c.paint(c.ellipse(x, y, radius, radius * 1.1) * inside, 0.85, "haemorrhage")
     if f := found.get("subdural"):
-        r, s = rng_of("subdural"), SIGN[f.side]
-        thick = r.uniform(0.13, 0.17)
-        crescent = inside * (1 - c.ellipse(-s * thick, 0, rx, ry + 0.02)) * (s * c.x > 0)
-        c.paint(crescent, 0.68, "subdural")
+        rest = c.ellipse(-f.sign * f.rng.uniform(0.13, 0.17), 0, rx, ry + 0.02)
+        c.paint(inside * (1 - rest) * (f.sign * c.x > 0), 0.68, "subdural")
 
 
-def draw_brain_mri(c, found, a, rng_of):
+def draw_brain_mri(c, found, a):
     """An axial T2-like brain MRI: thin scalp, textured brain, bright fluid, then the findings."""
     inside, rx, ry = draw_skull(c, a, 0.30, a.uniform(0.42, 0.48))
     c.paint(inside * c.ellipse(0, 0, rx * 0.78, ry * 0.80), 0.36, "white matter")
@@ -580,24 +569,20 @@ def draw_brain_mri(c, found, a, rng_of):
     c.paint(rim * sulci * (1.0 if wide else 0.6), 0.85, "atrophy" if wide else None)
     draw_ventricles(c, a, 0.88, 1.15 if wide else 1.0, 0.0)
     if f := found.get("oedema"):
-        r, s = rng_of("oedema"), SIGN[f.side]
-        cloud = c.blob(s * r.uniform(0.34, 0.38), r.uniform(0.28, 0.36), r.uniform(0.19, 0.22)) * inside
+        cloud = c.blob(f.sign * f.rng.uniform(0.34, 0.38), f.rng.uniform(0.28, 0.36), f.rng.uniform(0.19, 0.22)) * inside
         c.paint(np.clip(1.4 * cloud, 0, 1) * 0.85, 0.70, "oedema")
-    if "lesions" in found:
-        r = rng_of("lesions")
-        for side in LEFT_RIGHT:
+    if f := found.get("lesions"):
+        for sign in SIGN.values():
             for y in (-0.50, -0.22, 0.12):
-                spot = c.ellipse(SIGN[side] * r.uniform(0.25, 0.40), y + r.uniform(-0.06, 0.06), 0.058, 0.058)
+                spot = c.ellipse(sign * f.rng.uniform(0.25, 0.40), y + f.rng.uniform(-0.06, 0.06), 0.058, 0.058)
                 c.paint(spot, 0.95, "lesions")
     if f := found.get("tumour"):
-        r, s = rng_of("tumour"), SIGN[f.side]
-        radius = (0.22 if f.size == "large" else 0.15) + r.uniform(-0.01, 0.01)
-        x, y = s * r.uniform(0.32, 0.38), r.uniform(-0.38, -0.22)
+        radius = (0.22 if f.size == "large" else 0.15) + f.rng.uniform(-0.01, 0.01)
+        x, y = f.sign * f.rng.uniform(0.32, 0.38), f.rng.uniform(-0.38, -0.22)
         c.paint(c.ellipse(x, y, radius, radius), 0.92, "tumour")
         c.paint(c.ellipse(x, y, radius * 0.5, radius * 0.5), 0.40)
     if f := found.get("cyst"):
-        r, s = rng_of("cyst"), SIGN[f.side]
-        c.paint(c.ellipse(s * (rx - 0.16), r.uniform(0.02, 0.12), 0.13, 0.17) * inside, 0.02, "cyst")
+        c.paint(c.ellipse(f.sign * (rx - 0.16), f.rng.uniform(0.02, 0.12), 0.13, 0.17) * inside, 0.02, "cyst")
 
 
 DRAW = {"chest radiograph": draw_chest, "head CT": draw_head_ct, "brain MRI": draw_brain_mri}
