@@ -591,8 +591,7 @@ DRAW = {"chest radiograph": draw_chest, "head CT": draw_head_ct, "brain MRI": dr
 # ---- For consultation: folders of real images ----------------------------------------------------
 
 MIN_SIDE, MAX_PIXELS, MOST_NAMED = 16, 64_000_000, 200
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
-               "dev": "val", "test": "test", "testing": "test"}
+SPLIT_NAMES = {"val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test", "testing": "test"}   # else train
 
 
 class BadRow(ValueError):
@@ -633,7 +632,6 @@ def read_image(path, size, channels, is_mask=False):
 
     16-bit gray is scaled, transparency laid on black, palettes and CMYK converted. The header is checked
     before any pixel is decoded. Raises BadRow."""
-    path = Path(path)
     try:
         if path.stat().st_size == 0:
             raise BadRow("the file is empty")
@@ -678,8 +676,8 @@ def row_record(row, root, size, channels):
     text = row.get("text") or row.get("caption") or row.get("report") or ""
     questions, findings, masks = (read_cell(row.get(field)) for field in ("questions", "findings", "masks"))
     asked = [q for q in questions if isinstance(q, dict)] if isinstance(questions, list) else []
-    questions = tuple((printable(q), printable(a)) for q, a in ((q.get("question"), q.get("answer")) for q in asked)
-                      if isinstance(q, str) and isinstance(a, str) and q and a)
+    asked = [(q.get("question"), q.get("answer")) for q in asked]
+    questions = tuple((printable(q), printable(a)) for q, a in asked if isinstance(q, str) and isinstance(a, str) and q and a)
     if not isinstance(text, str) or not (text.strip() or questions):
         raise BadRow("the text is empty")
     path = path_inside(root, row.get("file_name"))
@@ -740,10 +738,8 @@ def metadata_rows(path):
             csv.field_size_limit(max(path.stat().st_size, 131_072))
             reader = csv.DictReader(file)
             yield from ((reader.line_num, row) for row in reader)
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, read_cell(line)                  # what is not JSON is no object, which row_record refuses
+        else:                                                  # row_record refuses a line that is not JSON
+            yield from ((number, read_cell(line)) for number, line in enumerate(file, 1) if line.strip())
 
 
 def imagefolder_rows(folder):
@@ -761,8 +757,8 @@ def rocov2_rows(folder):
     for file in sorted(p for p in folder.glob("*_captions.csv") if p.is_file()):
         name = file.name[:-len("_captions.csv")]
         for number, row in metadata_rows(file):
-            found = next((f"{row.get('ID')}{end}" for end in (".jpg", ".png", ".jpeg")
-                          if os.path.isfile(folder / name / f"{row.get('ID')}{end}")), f"{row.get('ID')}.jpg")
+            names = [f"{row.get('ID')}{end}" for end in (".jpg", ".png", ".jpeg")]
+            found = next((n for n in names if os.path.isfile(folder / name / n)), names[0])
             row = {"file_name": found, "text": row.get("Caption")}
             yield SPLIT_NAMES.get(name.lower(), "train"), file, number, row, folder / name
 
@@ -945,9 +941,8 @@ def read_findings(text, phrases):
     found = {}
     for sentence in re.split(r"[.;\n]+", text.lower().replace("-", " ")):
         sentence = re.sub(r"\bleft and right\b|\bright and left\b|\bboth\b", "bilateral", DENIED.sub("absent", sentence))
-        for clause in re.split(r",|\band\b", NEGATION.split(sentence)[0]):
-            if re.search(r"\babsent\b", clause):
-                continue
+        clauses = re.split(r",|\band\b", NEGATION.split(sentence)[0])
+        for clause in [c for c in clauses if not re.search(r"\babsent\b", c)]:
             word = lambda *options: next((w for w in options if re.search(rf"\b{w}", clause)), "")
             for name, options in phrases.items():
                 if phrase_pattern(options).search(clause):
