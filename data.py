@@ -610,20 +610,16 @@ def say_once(sentence):
 
 
 def path_inside(root, name):
-    """The path of `name` under root. Raises BadRow for a path that is absolute or leads out of root."""
+    """The path of the file `name` under root. Raises BadRow for one that is absolute, missing or outside of root."""
     if not isinstance(name, str) or not name:
         raise BadRow("no file name")
     if Path(name).is_absolute() or re.match(r"[A-Za-z]:|\\", name):
         raise BadRow(f"absolute path {name}; paths are relative to the metadata's folder")
-    try:
-        path = (root / name).resolve()
-        there = path.is_file()
-    except (OSError, ValueError, RuntimeError):      # too long, a null byte, half a character; a loop of links
-        raise BadRow("the file name cannot be used")
+    if not os.path.isfile(root / name):              # False, too, of names that no system takes and of a loop of links
+        raise BadRow(f"there is no file {name}")
+    path = (root / name).resolve()
     if not path.is_relative_to(root.resolve()):
         raise BadRow(f"the path {name} leads out of the data folder")
-    if not there:
-        raise BadRow(f"there is no file {name}")
     return path
 
 
