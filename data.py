@@ -372,25 +372,23 @@ class Twin(NamedTuple):
 
 def ask_difference(spec, twin, rng):
     """A question that two phantoms answer differently, and their answers: whether the changed finding is there, or its side."""
-    kinds, before, after = MODALITIES[spec.modality], *({f.name: f for f in s.findings} for s in (spec, twin))
-    name = next(n for n in kinds if before.get(n) != after.get(n))
+    before, after = ({f.name: f for f in s.findings} for s in (spec, twin))
+    name, kind = next((n, k) for n, k in MODALITIES[spec.modality].items() if before.get(n) != after.get(n))
     if name in before and name in after:
-        return f"On which side is the {kinds[name].noun}?", tuple(f"{found[name].side.capitalize()}." for found in (before, after))
-    answers = tuple("Yes." if name in found else "No." for found in (before, after))
-    return ask_whether(kinds[name], rng.integers(2)), answers
+        return f"On which side is the {kind.noun}?", tuple(f"{found[name].side.capitalize()}." for found in (before, after))
+    return ask_whether(kind, rng.integers(2)), tuple("Yes." if name in found else "No." for found in (before, after))
 
 
 def ask_removed(record, name):
-    """The record's own question about this finding, its answer, and "No."; ("", ("", "")) if it has none."""
+    """The record's own question about this finding, and (its answer, "No."); () if it has none."""
     named = phrase_pattern(PHRASES.get(name, (name.lower(),)))
-    return next(((q, (a, "No.")) for q, a in record.questions if named.search(q.lower()) and a.lower().startswith("yes")),
-                ("", ("", "")))
+    return next(((q, (a, "No.")) for q, a in record.questions if named.search(q.lower()) and a.lower().startswith("yes")), ())
 
 
 def ask_both(record, another):
-    """A question that both records have and answer differently, and their answers; ("", ("", "")) if there is none."""
+    """A question that both records have and answer differently, and their answers; () if there is none."""
     theirs = dict(another.questions)
-    return next(((q, (a, theirs[q])) for q, a in record.questions if theirs.get(q, a) != a), ("", ("", "")))
+    return next(((q, (a, theirs[q])) for q, a in record.questions if theirs.get(q, a) != a), ())
 
 
 def erase(image, mask):
@@ -474,8 +472,7 @@ class Canvas:
         """Blend towards `value` where coverage is; under a name, remember it as a mask."""
         self.image += coverage * (value - self.image)
         if name:
-            mask = coverage > 0.4
-            self.masks[name] = self.masks[name] | mask if name in self.masks else mask
+            self.masks[name] = self.masks.get(name, False) | (coverage > 0.4)
 
 
 def draw_chest(c, found, a):
