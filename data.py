@@ -51,7 +51,7 @@ class Finding:
 class Record:
     """One study. What it holds decides the tasks it serves."""
 
-    image: np.ndarray                 # (H, W) or (H, W, 3) uint8; in Folder.rows the Path of its file, in masks too
+    image: np.ndarray                 # (H, W) or (H, W, 3) uint8; Folder.rows hold the files' Paths here and in masks
     text: str                         # the report or caption
     name: str                         # the file, or split/index of a phantom
     findings: tuple | None = None     # of Finding; None: not known
@@ -76,8 +76,7 @@ def same_statement(a, b):
 
 
 def match_findings(stated, true):
-    """Counts of one report: findings stated, true, right, hallucinated (on the wrong side too), on the wrong side; whether all
-    is exact."""
+    """Counts of one report: findings stated, true, right, hallucinated, and of these on the wrong side; whether all is exact."""
     stated, true = names_and_sides(stated), names_and_sides(true)
     missed = {name for name, side in true - stated if side}
     wrong_side = [name for name, side in stated - true if side and name in missed]
@@ -364,7 +363,7 @@ class Twin(NamedTuple):
     """A record's distorted twin: its image, and what tells the two apart in words, where that is known."""
 
     image: np.ndarray | None     # None where the distortion does not apply
-    kind: str                    # of distortion; what was asked for, or what was done in its place
+    kind: str                    # the distortion asked for, or the one that stands in for it
     text: str = ""               # the twin's own report
     question: str = ""           # one that the two answer differently
     answers: tuple = ("", "")    # the record's and the twin's
@@ -400,15 +399,14 @@ def erase(image, mask):
 
 
 def distort(record, records, kind, strength, rng, region=None):
-    """The Twin of a record, one of records.
+    """The Twin of a record, one of records. Twin.kind names what was done where the kind asked for is impossible.
 
-    Global kinds are in PIXEL_DISTORTIONS. region-noise: noise inside one finding's mask only; where none has
-    a mask, inside region(), a mask (H, W) or None that the caller finds; else everywhere. remove, add,
-    mirror: phantoms are drawn again with one finding taken out, put in or moved to the other side; a real
-    image has a finding's mask filled (remove) or is flipped (mirror). other: the image of another record,
-    one that states something else.
-    What is impossible is replaced, and Twin.kind names what was done: a phantom's remove or mirror by add; a real
-    image's add, and its remove without a finding's mask, by other. Noise in region() is model-region-noise."""
+    PIXEL_DISTORTIONS  change the whole image.
+    region-noise       adds noise inside one finding's mask; where no finding has one, inside region(), a mask (H, W)
+                       or None that the caller finds ("model-region-noise"); else everywhere ("noise").
+    remove/add/mirror  draw a phantom again with one finding taken out, put in or moved across; add stands in for the others.
+                       In a real image remove fills one finding's mask, mirror flips the image.
+    other              takes the image of another record that states something else; it stands in for all else."""
     if kind in PIXEL_DISTORTIONS:
         return Twin(PIXEL_DISTORTIONS[kind](record.image, rng, strength), kind)
     if kind in ("remove", "add", "mirror") and record.spec:
@@ -663,7 +661,7 @@ def to_eight_bits(image):
 
 
 def row_record(row, root, size, channels):
-    """A record from one row of metadata (a dict), its files checked and named in place of pixels. Raises BadRow."""
+    """A record from one row of metadata (a dict); its image and masks are Paths of files that can be read. Raises BadRow."""
     if not isinstance(row, dict):
         raise BadRow("it is not an object with the fields of its layout")
     text = row.get("text") or row.get("caption") or row.get("report") or ""
@@ -681,12 +679,12 @@ def row_record(row, root, size, channels):
     subject = next((str(row[k]) for k in ("patient_id", "subject_id", "subject", "study_id") if row.get(k)), "")
     record = Record(path, printable(" ".join(text.split())), row["file_name"], findings, masks, str(row.get("modality") or ""),
                     str(row.get("body_part") or ""), questions, subject)
-    read_pixels(record, size, channels)                # what cannot be read is found now
+    read_pixels(record, size, channels)                # a file that cannot be read is refused here, not in training
     return record
 
 
 def read_pixels(record, size, channels):
-    """The same record with pixels, where it has paths of files. Raises BadRow."""
+    """The same record with pixels in place of Paths. Raises BadRow."""
     return replace(record, image=read_image(record.image, size, channels),
                    masks={name: read_image(path, size, channels, is_mask=True) > 127 for name, path in record.masks.items()})
 
@@ -695,7 +693,7 @@ class Folder:
     """Records of real images, a sequence: the pixels of each are read when it is asked for, and not kept."""
 
     def __init__(self, rows, size, channels):
-        """rows: Records with paths of files, once checked, in place of pixels."""
+        """rows: Records as row_record makes them."""
         self.rows, self.size, self.channels = rows, size, channels
 
     def __len__(self):
@@ -708,7 +706,7 @@ class Folder:
 
 
 def read_cell(value):
-    """What JSON text says, as CSV cells hold it, None of an empty one; whatever is no such text as it is."""
+    """A value out of a row: JSON text, as CSV cells hold it, is decoded, "" is None, all else stays as it is."""
     try:
         return json.loads(value or "null") if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -716,7 +714,7 @@ def read_cell(value):
 
 
 def read_named(rows):
-    """The field `findings` of a row as a tuple of Finding. Raises BadRow: what is odd must not count as none."""
+    """The field `findings` of a row as a tuple of Finding. Raises BadRow: an odd field must not count as "no findings"."""
     is_named = lambda f: isinstance(f, dict) and isinstance(f.get("name"), str) and f["name"].strip() \
         and f.get("side") in (None, "", *LEFT_RIGHT, "bilateral")
     if not isinstance(rows, list) or not all(map(is_named, rows)):
@@ -800,7 +798,7 @@ def read_folder(folder, size, channels):
     if nothing is left. Where a split is missing, a tenth of the training subjects makes it."""
     root = Path(folder)
     with refuse(f"--data {str(folder)[:200]} is no folder that can be read", "name one"):
-        next(root.iterdir(), None)                             # none, a file, a name too long, not ours to read
+        next(root.iterdir(), None)                             # raises where the folder is missing, a file or not readable
     splits, skipped, seen = {"train": [], "val": [], "test": []}, Counter(), None
     for layout, rows in LAYOUTS.items():
         for split, file, number, row, image_root in tqdm(rows(root), desc=f"reading {folder}", unit="row", leave=False):
@@ -842,8 +840,7 @@ def fill_splits(splits, folder):
         taken |= {r.subject for r in rows}
     for split in ("test", "val"):
         if not splits[split]:
-            subjects = sorted({r.subject for r in splits["train"]},
-                              key=lambda s: (zlib.crc32(printable(s).encode()), s))
+            subjects = sorted({r.subject for r in splits["train"]}, key=lambda s: (zlib.crc32(printable(s).encode()), s))
             if len(subjects) < 2:
                 raise UserError(f"--data {folder}: {len(subjects)} training subject(s) are too few to hold one "
                                 f"out as {split}; at least 3 images of different subjects are needed")
