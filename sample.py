@@ -93,9 +93,9 @@ class Bootstrap:
         """The Metric of per-record counts, each (n,); without a denominator a mean."""
         numerator = np.asarray(numerator, np.float32)
         denominator = np.ones(self.n, np.float32) if denominator is None else np.asarray(denominator, np.float32)
-        ratio = lambda a, b: np.divide(a, b, out=np.full_like(a, np.nan), where=b > 0)
-        return Metric(float(ratio(np.atleast_1d(numerator.sum()), np.atleast_1d(denominator.sum()))[0]),
-                      ratio(self.weights @ numerator, self.weights @ denominator), int((denominator > 0).sum()))
+        with np.errstate(invalid="ignore"):              # 0 / 0 is nan: of no record, no figure
+            value, resampled = numerator.sum() / denominator.sum(), (self.weights @ numerator) / (self.weights @ denominator)
+        return Metric(float(value), resampled, int((denominator > 0).sum()))
 
 
 def summarize(metric):
@@ -139,12 +139,13 @@ def score_findings(stated, records, bootstrap, have=True):
     `have` (n,), bool, are the records that count. Returns {name: Metric}."""
     counts = [match_findings(s, r.findings) for s, r in zip(stated, records)]
     column = lambda name: np.array([c[name] for c in counts], np.float32) * have
+    ones = np.ones(len(records)) * have
     result = {"chair_i": bootstrap(column("hallucinated"), column("stated")),
-              "chair_s": bootstrap(column("hallucinated") > 0, np.ones(len(records)) * have),
+              "chair_s": bootstrap(column("hallucinated") > 0, ones),
               "recall": bootstrap(column("right"), column("true")),
               "f1": bootstrap(2 * column("right"), column("stated") + column("true")),
               "laterality": bootstrap(column("laterality"), column("stated")),
-              "exact": bootstrap(column("exact"), np.ones(len(records)) * have)}
+              "exact": bootstrap(column("exact"), ones)}
     absent, invented = count_companions(stated, records)
     if absent.any():
         result["companion"] = bootstrap(invented, absent)
@@ -307,11 +308,9 @@ def evaluate_masks(model, vocab, vqgan, bench):
     for i, mask in zip(have, drawn):
         true = bench.records[i].masks[chosen[i]]
         value[i], area[i] = dice(mask, true), true.mean()
-    result, names = {}, np.array(chosen)
-    groups = {"": names != "", "_large": (names != "") & (area >= 0.05)}
-    for end, group in {**groups, **{f"/{s}": names == s for s in sorted(set(chosen) - {""})}}.items():
-        result[f"segment/dice{end}"] = bench.bootstrap(value * group, group)
-    return result
+    names = np.array(chosen)
+    groups = {"": names != "", "_large": area >= 0.05, **{f"/{s}": names == s for s in sorted(set(chosen) - {""})}}
+    return {f"segment/dice{end}": bench.bootstrap(value * group, group) for end, group in groups.items()}
 
 
 # ---- For consultation: the finding reader --------------------------------------------------------
