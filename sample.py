@@ -319,13 +319,13 @@ def evaluate_masks(model, vocab, vqgan, bench):
 class FindingReader(nn.Module):
     """Image (B, C, H, W) to one logit a label: each finding with its side, each modality and body part."""
 
-    def __init__(self, channels, labels, width=32):
+    def __init__(self, channels, labels):
         super().__init__()
         self.labels = labels
         block = lambda i, o: [nn.Conv2d(i, o, 3, stride=2, padding=1), nn.BatchNorm2d(o), nn.ReLU(),
                               nn.Conv2d(o, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU()]
-        self.body = nn.Sequential(*block(channels, width), *block(width, 2 * width), *block(2 * width, 2 * width),
-                                  nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(128 * width, 64), nn.ReLU())
+        self.body = nn.Sequential(*block(channels, 32), *block(32, 64), *block(64, 64),
+                                  nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64 * 8 * 8, 64), nn.ReLU())
         self.last = nn.Linear(64, len(labels))
 
     def forward(self, x):
@@ -412,7 +412,7 @@ def find_models(out):
     names = [p.parent.name for p in Path(out).glob("*/tokenizer.json") if not p.parent.name.endswith((".partial", ".old"))]
     if not names:
         raise UserError(f"{out} holds no trained model; run `python dpo.py` first (it trains every stage), or name --out")
-    return sorted(names, key=lambda n: (["sft", "control"].index(n) if n in ("sft", "control") else 2, n))
+    return sorted(names, key=lambda n: (n != "sft", n != "control", n))
 
 
 def choose_model(cfg, names):
@@ -542,20 +542,19 @@ def tile(pixels, size):
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).convert("RGB").resize((size, size))
 
 
-def worth_showing(bench, n, model, vocab):
-    """n records to show: up to two thirds on which the model states an absent companion, one per trigger, those with fewest
+def worth_showing(bench, model, vocab):
+    """Four records to show: up to three on which the model states an absent companion, one per trigger, those with fewest
     findings first; then those with most findings."""
     records = bench.records
     fullest = sorted(range(len(records)), key=lambda i: -len(records[i].findings or ()))
     tempting = [i for i in fullest[::-1] if any(not there for _, _, there in triggers_of(records[i]))][:100]
-    said = write_reports(model, vocab, [bench.codes[i] for i in tempting]) if tempting else []
-    fooled = {}
+    said, fooled = write_reports(model, vocab, [bench.codes[i] for i in tempting]), {}
     for i, text in zip(tempting, said):
         stated = names_and_sides(read_findings(text, bench.phrases))
         for trigger, c, there in triggers_of(records[i]):
             if not there and (c.name, c.side) in stated:
                 fooled.setdefault(trigger.name, i)
-    return list(dict.fromkeys([*list(fooled.values())[:n - n // 3], *fullest]))[:n]
+    return list(dict.fromkeys([*list(fooled.values())[:3], *fullest]))[:4]
 
 
 TILE, COLUMN, LINE = 168, 236, 16            # pixels: an image, the column it stands in, a line of text
@@ -601,10 +600,10 @@ def lay_out(columns, phrases):
     return sheet
 
 
-def contact_sheet(loaded, vqgan, bench, autocast, rows=4):
+def contact_sheet(loaded, vqgan, bench, autocast):
     """Test images with their true reports, and of each model what it draws for that report and what it reports of the image."""
     with autocast():
-        shown = worth_showing(bench, min(rows, len(bench.records)), *next(iter(loaded.values())))
+        shown = worth_showing(bench, *next(iter(loaded.values())))
     records, codes = [bench.records[i] for i in shown], bench.codes[shown]
     decoded = vqgan.decode(torch.as_tensor(codes, device=bench.pixels.device).long())
     texts, nothing = [r.text for r in records], [""] * len(records)
@@ -617,15 +616,15 @@ def contact_sheet(loaded, vqgan, bench, autocast, rows=4):
     return lay_out(columns, bench.phrases)
 
 
-def pair_sheet(model, vqgan, bench, rows=2):
-    """Pairs of out/pairs: the genuine study, its twin, and what the SFT model wrote; [] if of another SFT model."""
+def pair_sheet(model, vqgan, bench):
+    """Two pairs of out/pairs: the genuine study, its twin, and what the SFT model wrote; [] if of another SFT model."""
     folder = Path(bench.cfg.out) / "pairs"
     recipe = read_json(folder / "config.json")
     is_of_model = isinstance(recipe, dict) and recipe.get("sft") == weights_hash(model)
     pairs = is_of_model and read_pairs(folder, vqgan.config.codebook_size)
     if not pairs:
         return []
-    pairs = pairs[:rows]
+    pairs = pairs[:2]
     decode = lambda codes: vqgan.decode(torch.as_tensor(np.stack(codes), device=bench.pixels.device).long())
     ask = lambda texts, k: [f"{text} {p.question} {p.answers[k]}".strip() for text, p in zip(texts, pairs)]
     chosen, twin, unknown = [p.chosen for p in pairs], [p.twin_text for p in pairs], [None] * len(pairs)
@@ -684,20 +683,21 @@ def smoothed(points):
     return [(x, ys[max(0, i - n):i + 1].mean()) for i, (x, _) in enumerate(points)]
 
 
-def plot(title, x_label, series, width=600, height=340, marked=False):
+def plot(title, x_label, series, marked=False):
     """A plot with axes and a legend: series maps a name to points (x, y).
 
-    Lines are smoothed, over pale ones as logged; when marked, the points themselves with a mark each."""
-    image, font, small = Image.new("RGB", (width, height), PALE), ImageFont.load_default(15), ImageFont.load_default(12)
-    pen, x, y = ImageDraw.Draw(image), 58, 30
-    pen.text((58, 6), title, INK, font)
+    Lines of many points are smoothed, over pale ones as logged; when `marked`, no pale ones but a mark on each point."""
+    image, small = Image.new("RGB", (600, 340), PALE), ImageFont.load_default(12)
+    pen, left, right, bottom = ImageDraw.Draw(image), 58, 584, 300
+    pen.text((left, 6), title, INK, ImageFont.load_default(15))
+    x, y = left, 30
     for name, colour in zip(series, COLOURS):                                    # the legend, in as many rows as it takes
-        if x + 18 + pen.textlength(name, small) > width - 10:
-            x, y = 58, y + 16
+        if x + 18 + pen.textlength(name, small) > right + 6:
+            x, y = left, y + 16
         pen.rectangle((x, y + 4, x + 11, y + 9), colour)
         pen.text((x + 16, y), name, INK, small)
         x += 30 + pen.textlength(name, small)
-    left, top, right, bottom = 58, y + 24, width - 16, height - 40
+    top = y + 24
     xs, ys = zip(*(p for points in series.values() for p in points))
     above = lambda values: max(max(values), min(values) + 1e-9 * max(1, abs(min(values))))
     x0, x1, y0, y1 = min(xs), above(xs), min(ys), above(ys)
@@ -711,11 +711,11 @@ def plot(title, x_label, series, width=600, height=340, marked=False):
         pen.line([(at((v, y0))[0], bottom), (at((v, y0))[0], bottom + 4)], INK)
         pen.text((at((v, y0))[0], bottom + 6), f"{v:.4g}", INK, small, anchor="mt")
     pen.line([(left, top), (left, bottom), (right, bottom)], INK)
-    pen.text((right, height - 4), x_label, INK, small, anchor="rb")
+    pen.text((right, bottom + 36), x_label, INK, small, anchor="rb")
     for points, colour in zip(series.values(), COLOURS):
         if not marked:
             pen.line([at(p) for p in points], tuple((c + 2 * 255) // 3 for c in colour), 1)
-        pen.line([at(p) for p in (points if marked else smoothed(points))], colour, 2)
+        pen.line([at(p) for p in smoothed(points)], colour, 2)
         for cx, cy in [at(p) for p in points] if marked else ():
             pen.ellipse((cx - 4, cy - 4, cx + 4, cy + 4), colour)
     return image
@@ -732,8 +732,7 @@ def answer_user(cfg):
         raise UserError(f"{command!r} is no command; there are: {', '.join(needs)}, or none for the evaluation")
     if not words or command in ("ask", "segment") and len(words) != 2:
         raise UserError(f"usage: python sample.py {command} {needs[command]}")
-    names = find_models(cfg.out)
-    name = choose_model(cfg, names)
+    name = choose_model(cfg, find_models(cfg.out))
     device, autocast = init_run(cfg)
     vqgan = load_vqgan_of(cfg, device)
     model, vocab = load_gpt(Path(cfg.out) / name, vqgan, device)
