@@ -447,9 +447,9 @@ def read_kept(path, recipe=None):
 
 
 def evaluate_model(name, model, vocab, vqgan, bench, autocast):
-    """Every metric of one model, {name: Metric}; kept in out/eval, so that only what is new is evaluated:
+    """Every metric of one model, {name: Metric}, and its greedy reports, both kept in out/eval.
 
-    another model, test set, finding reader or flag, or other code. Its greedy reports lie beside."""
+    A model is evaluated again only after a change: of weights, test set, finding reader, flags or code."""
     cfg, path = bench.cfg, Path(bench.cfg.out) / "eval" / f"{name}.safetensors"
     flags = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("words", "model", "out", "device", "count")}
     code = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
