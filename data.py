@@ -129,8 +129,7 @@ MODALITIES = {
         "infarct": Kind(("{Size} {side} infarct.", "{Side} hemisphere: {size} infarct."), ("infarct",), sizes=SIZES),
         "subdural": Kind(("{Side} subdural collection.", "Subdural collection on the {side}."), ("subdural collection",)),
         "hydrocephalus": Kind(("Hydrocephalus.", "The ventricles are dilated.", "Dilated ventricles."),
-                              ("hydrocephalus", "ventricles are dilated", "dilated ventricles"),
-                              countable=False, sides=NO_SIDE),
+                              ("hydrocephalus", "ventricles are dilated", "dilated ventricles"), countable=False, sides=NO_SIDE),
     },
     "brain MRI": {
         "tumour": Kind(("{Size} {side} tumour.", "{Side} hemisphere: {size} mass."), ("tumour", "mass"), sizes=SIZES),
@@ -690,10 +689,9 @@ def read_pixels(record, size, channels):
 
 
 class Folder:
-    """Records of real images, a sequence: the pixels of each are read when it is asked for, and not kept."""
+    """The records of row_record as a sequence: the pixels of each are read when it is asked for, and not kept."""
 
     def __init__(self, rows, size, channels):
-        """rows: Records as row_record makes them."""
         self.rows, self.size, self.channels = rows, size, channels
 
     def __len__(self):
@@ -870,8 +868,7 @@ def check_data(trained_on, cfg, folder):
         flags = f"--data {trained_on}"
         if trained_on.startswith("phantoms"):
             flags = trained_on.removeprefix("phantoms ") + " and no --data" * bool(cfg.data)
-        raise UserError(f"{folder} was trained on {trained_on}, not on {data_name(cfg)}: say {flags}, or name "
-                        "another --out")
+        raise UserError(f"{folder} was trained on {trained_on}, not on {data_name(cfg)}: say {flags}, or name another --out")
 
 
 def fingerprint(records):
