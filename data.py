@@ -498,8 +498,7 @@ def draw_chest(c, found, a):
     if f := found.get("pneumothorax"):
         depth = (0.34 if f.size == "large" else 0.20) + f.rng.uniform(-0.02, 0.02)
         collapsed = c.ellipse(f.sign * (0.45 - depth * 0.5), -0.05 + depth, width * 0.92, 0.70)
-        air = lungs[f.side] * (1 - collapsed) * (1 - c.below(0.25))
-        c.paint(air, 0.02, "pneumothorax")
+        c.paint(lungs[f.side] * (1 - collapsed) * (1 - c.below(0.25)), 0.02, "pneumothorax")
     if f := found.get("consolidation"):
         x = f.sign * f.rng.uniform(0.42, 0.56)
         y = (-0.38 if f.place == "upper" else 0.18) + f.rng.uniform(-0.06, 0.06)
@@ -541,8 +540,7 @@ def draw_head_ct(c, found, a):
         c.masks["hydrocephalus"] = c.masks["ventricles"]
     if f := found.get("infarct"):
         radius = 0.32 if f.size == "large" else 0.21
-        wedge = c.ellipse(f.sign * (rx - 0.10), f.rng.uniform(0.22, 0.36), radius, radius * 1.1) * inside
-        c.paint(wedge, 0.18, "infarct")
+        c.paint(c.ellipse(f.sign * (rx - 0.10), f.rng.uniform(0.22, 0.36), radius, radius * 1.1) * inside, 0.18, "infarct")
     if f := found.get("haemorrhage"):
         radius = (0.21 if f.size == "large" else 0.12) + f.rng.uniform(-0.01, 0.01)
         x, y = f.sign * f.rng.uniform(0.34, 0.40), f.rng.uniform(-0.42, -0.05)
@@ -733,17 +731,16 @@ def metadata_rows(path):
 
 def imagefolder_rows(folder):
     """(split, file, row number, row, image root) of Hugging Face's ImageFolder with metadata."""
-    for sub in [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]:
-        for file in (sub / "metadata.jsonl", sub / "metadata.csv"):
-            if file.is_file():
-                for number, row in metadata_rows(file):
-                    split = "train" if sub == folder else SPLIT_NAMES.get(sub.name.lower(), "train")
-                    yield split, file, number, row, sub
+    for sub in [folder, *sorted(filter(Path.is_dir, folder.iterdir()))]:
+        split = "train" if sub == folder else SPLIT_NAMES.get(sub.name.lower(), "train")
+        for file in filter(Path.is_file, (sub / "metadata.jsonl", sub / "metadata.csv")):
+            for number, row in metadata_rows(file):
+                yield split, file, number, row, sub
 
 
 def rocov2_rows(folder):
     """The same of ROCOv2: NAME_captions.csv (ID, Caption) beside a folder NAME of images."""
-    for file in sorted(p for p in folder.glob("*_captions.csv") if p.is_file()):
+    for file in sorted(filter(Path.is_file, folder.glob("*_captions.csv"))):
         name = file.name[:-len("_captions.csv")]
         for number, row in metadata_rows(file):
             names = [f"{row.get('ID')}{end}" for end in (".jpg", ".png", ".jpeg")]
@@ -755,7 +752,7 @@ def rocov2_rows(folder):
 def llava_rows(folder):
     """The same of LLaVA's conversation JSON, images beside it or in images/."""
     root = folder / "images" if (folder / "images").is_dir() else folder
-    for file in sorted(p for p in folder.glob("*.json") if p.is_file()):
+    for file in sorted(filter(Path.is_file, folder.glob("*.json"))):
         with refuse(f"{file} is not JSON", "mend it or take it out of --data"):
             items = json.loads(file.read_text(encoding="utf-8"))
         for number, item in enumerate(items if isinstance(items, list) else [], 1):
