@@ -803,12 +803,13 @@ def read_folder(folder, size, channels):
                 # without a patient's name each file is its own subject; train/0.png is not test/0.png
                 record.subject = record.subject or (record.name if split == "train" else f"{split}/{record.name}")
                 splits[split].append(record)
-            except BadRow as why:
-                skipped[re.sub(r"\d[\d,x]*|\S*[/.]\S+", "…", str(why))[:200]] += 1
+            except BadRow as error:
+                why = str(error)[:300]                         # the pattern takes quadratic time over what has no space
+                skipped[re.sub(r"\d[\d,x]*|\S*[/.]\S+", "…", why)[:200]] += 1
                 if skipped.total() <= MOST_NAMED:
                     name = row.get("file_name") if isinstance(row, dict) else None
                     name = f" ({str(name)[:100]})" if name else ""
-                    tqdm.write(printable(f"skipped {file.relative_to(root)} row {number}{name}: {str(why)[:300]}"))
+                    tqdm.write(printable(f"skipped {file.relative_to(root)} row {number}{name}: {why}"))
                 elif skipped.total() == MOST_NAMED + 1:
                     tqdm.write("further rows that are skipped are only counted")
         if seen:
