@@ -449,8 +449,7 @@ class Canvas:
         y = x[:, None]
         self.x, self.y = x * np.cos(tilt) + y * np.sin(tilt), y * np.cos(tilt) - x * np.sin(tilt)
         self.soft = 2.0 / size
-        self.image = np.zeros((size, size), np.float32)
-        self.masks = {}
+        self.image, self.masks = np.zeros((size, size), np.float32), {}
 
     def ellipse(self, cx, cy, rx, ry):
         """Coverage 0..1 of an ellipse."""
