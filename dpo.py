@@ -624,7 +624,7 @@ def train(cfg):
     asked = torch.tensor([bool(p.question) for p in pairs], device=device).float()
     train_mode(model, cfg)
     trained = trained_parameters(model)
-    optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, weight_decay=0.0)
+    optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, 0.0, autocast)
     folder, progress = begin_stage(cfg, name, [trained], optimizers)
     if progress.get("sft", sft_hash) != sft_hash:
         raise UserError(f"--resume: {folder} was started from another {cfg.out}/sft; leave out --resume")

@@ -83,17 +83,21 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions, head_dim, theta):
-    """cos and sin, each (B, 1, T, head_dim), of the RoPE angles at integer positions (B, T)."""
+    """cos and ∓sin, each (B, 1, T, head_dim), of the RoPE angles at integer positions (B, T); what `rotate` takes."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
     angle = positions[:, None, :, None].float() * frequency      # (B, 1, T, head_dim/2)
-    angle = torch.cat([angle, angle], dim=-1)                    # Qwen3 pairs i with i + head_dim/2
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i+D/2}) of x (..., D) by its position's angle; cos and sin broadcast to x."""
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+    """Turn each pair (x_i, x_{i+D/2}) of x (..., D) by its position's angle (Qwen3's pairs); cos and sin broadcast to x."""
+    return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).to(x.dtype)
+
+
+def causal_mask(T, device):
+    """(T, T): -inf above the diagonal, 0 elsewhere."""
+    return torch.full((T, T), float("-inf"), device=device).triu(1)
 
 
 class Attention(nn.Module):
@@ -111,22 +115,24 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, unseen=None):
-        """x (B, T, hidden_size); cos, sin (1 or B, 1, T, head_dim). unseen (B, 1, T, T): which position (3rd) may not attend
-        to which (4th); by default, causally, to later ones."""
+    def forward(self, x, cos, sin, mask=None):
+        """x (B, T, hidden_size); cos, sin (1 or B, 1, T, head_dim). mask (1 or B, 1, T, T): what is added to scores, -inf where
+        a position (3rd) may not attend to another (4th); by default it attends to no later one (causal)."""
         B, T, _ = x.shape
         heads = lambda y: y.view(B, T, -1, self.head_dim)                     # (B, T, nh, D)
-        q = rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), cos, sin)   # (B, nh, T, D)
+        scale = self.head_dim ** -0.5     # of the scores; on the angles it costs least
+        q = rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), cos * scale, sin * scale)   # (B, nh, T, D)
         k = rotate(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), cos, sin)   # (B, nkv, T, D)
         v = heads(self.v_proj(x)).transpose(1, 2)
         if self.groups > 1:
             k, v = (y.repeat_interleave(self.groups, dim=1) for y in (k, v))  # nkv -> nh
         if x.is_cuda:
-            y = F.scaled_dot_product_attention(q, k, v, None if unseen is None else ~unseen, is_causal=unseen is None)
+            mask = None if mask is None else mask.to(q.dtype)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=1.0)
         else:                             # written out: SDPA's backward is slow on CPUs (tests/bench.py)
-            scores = (q @ k.transpose(-1, -2)) / math.sqrt(self.head_dim)     # (B, nh, T, T)
-            unseen = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1) if unseen is None else unseen
-            y = scores.masked_fill(unseen, float("-inf")).softmax(dim=-1).to(v.dtype) @ v
+            mask = causal_mask(T, x.device) if mask is None else mask
+            scores = q @ k.transpose(-1, -2) + mask.to(q.dtype)               # (B, nh, T, T)
+            y = scores.softmax(dim=-1).to(v.dtype) @ v
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -153,8 +159,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, unseen=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, unseen)
+    def forward(self, x, cos, sin, mask=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -168,13 +174,13 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, ids, positions=None, unseen=None):
-        """positions (B, T), by default 0, 1, 2, …; unseen: see Attention. Both are for `join`."""
+    def forward(self, ids, positions=None, mask=None):
+        """positions (B, T), by default 0, 1, 2, …; mask: see Attention. Both are for `join`."""
         positions = torch.arange(ids.size(1), device=ids.device)[None] if positions is None else positions
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed_tokens(ids)
         for block in self.layers:
-            x = block(x, cos, sin, unseen)
+            x = block(x, cos, sin, mask)
         return self.norm(x)
 
 
@@ -271,7 +277,7 @@ def join(families, device):
     """Rows that begin alike as one: what they share, then the rest of each, which does not see the others' rests.
 
     An image is most of a sequence, and a pair asks much of the same image: read once, it costs once (for DPO
-    arXiv:2410.20305). families: lists of rows, a row a list of ids. Returns ids and positions (F, S) and unseen (F, 1, S, S)
+    arXiv:2410.20305). families: lists of rows, a row a list of ids. Returns ids and positions (F, S) and a mask (F, 1, S, S)
     for Backbone; and where the rows are in there, all families' in order: their family (B,), their tokens' places (B, T)."""
     joined, family, places = [], [], []
     for f, rows in enumerate(families):
@@ -288,9 +294,9 @@ def join(families, device):
     size = lambda lists: -(-max(map(len, lists)) // 8) * 8                # few lengths: each has kernels of its own
     fill = lambda lists: torch.tensor([[*row, *[0] * (size(lists) - len(row))] for row in lists], device=device)
     ids, positions, branch = map(fill, zip(*joined))
-    later = torch.ones(ids.size(1), ids.size(1), dtype=torch.bool, device=device).triu(1)
-    unseen = later | (branch[:, None] != branch[:, :, None]) & (branch[:, None] != 0)
-    return ids, positions, unseen[:, None], torch.tensor(family, device=device), fill(places)
+    others = (branch[:, None] != branch[:, :, None]) & (branch[:, None] != 0)
+    mask = causal_mask(ids.size(1), device).masked_fill(others, float("-inf"))
+    return ids, positions, mask[:, None], torch.tensor(family, device=device), fill(places)
 
 
 def response_logps(model, ids, labels, joined=None):
@@ -356,18 +362,26 @@ class CachedGPT:
         dtype = torch.bfloat16 if half and device.type == "cuda" else torch.float32
         state = {k: v.to(product_dtype if "_proj" in k else dtype) for k, v in merged_state(model).items()}
         self.n_q, self.n_kv, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.rms_norm = lambda x, weight: F.rms_norm(x, weight.shape[-1:], eps=config.rms_norm_eps) * weight
+        # RMSNorm in three operations: √(mean x² + ε) is hypot(|x|, √(nε)) / √n, and the √n is in the weight
+        floor = {n: torch.tensor((n * config.rms_norm_eps) ** 0.5, dtype=dtype, device=device)
+                 for n in (config.hidden_size, config.head_dim)}
+        self.rms_norm = lambda x, weight: x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(floor[x.size(-1)]) * weight
+        for name, weight in state.items():
+            if "norm" in name:
+                state[name] = weight * weight.numel() ** 0.5
         self.embedding, self.norm = state["model.embed_tokens.weight"], state["model.norm.weight"]
         head = self.embedding if config.tie_word_embeddings else state["lm_head.weight"]
-        self.head = head[slice(*allowed)].to(product_dtype)
+        by_column = lambda W: W.t().contiguous().t()       # of that order a CPU multiplies few rows nearly twice as fast
+        self.head = by_column(head[slice(*allowed)].to(product_dtype))
         self.layers = []
         for i in range(config.num_hidden_layers):
             part = lambda *names: torch.cat([state[f"model.layers.{i}.{name}.weight"] for name in names])
+            matrix = lambda *names: by_column(part(*names))
             self.layers.append({
                 "norm": part("input_layernorm"), "mlp_norm": part("post_attention_layernorm"),
-                "qkv": part("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o": part("self_attn.o_proj"),
+                "qkv": matrix("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o": matrix("self_attn.o_proj"),
                 "qk_norm": part(*["self_attn.q_norm"] * self.n_q, *["self_attn.k_norm"] * self.n_kv).view(-1, self.head_dim),
-                "gate_up": part("mlp.gate_proj", "mlp.up_proj"), "down": part("mlp.down_proj")})
+                "gate_up": matrix("mlp.gate_proj", "mlp.up_proj"), "down": matrix("mlp.down_proj")})
 
         T = max(map(len, prompts))
         self.prompts = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)
@@ -427,7 +441,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     return torch.searchsorted(below, at, right=True).squeeze(1).clamp(max=logits.size(1) - 1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, prompts, max_new_tokens, allowed, stop_id=None, temperature=1.0, top_k=0, top_p=1.0,
              guidance=1.0, unconditional=None, seed=0, batch_size=256):
     """Continue prompts of different lengths; returns one list of new ids per prompt.
@@ -786,11 +800,11 @@ def share_out(function, items, title):
 # ---- Optimizers, learning rate, batches ----------------------------------------------------------
 
 
-def orthogonalize(M):
+def orthogonalize(M, dtype=torch.float32):
     """Matrices M (n, r, c) with every singular value moved near 1 (0.7 to 1.2): roughly U Vᵀ of each M = U S Vᵀ.
 
-    Five Newton–Schulz iterations X ← aX + (bA + cA²)X with A = XXᵀ (Keller Jordan, 2024): matrix products alone."""
-    X = M.bfloat16() if M.is_cuda else M.float()       # CPUs multiply small matrices fastest in float32
+    Five Newton–Schulz iterations X ← aX + (bA + cA²)X with A = XXᵀ (Keller Jordan, 2024): matrix products alone, in dtype."""
+    X = M.to(dtype)
     X = X.mT if M.size(1) > M.size(2) else X
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
@@ -802,13 +816,15 @@ def orthogonalize(M):
 class Muon(torch.optim.Optimizer):
     """Steps along the orthogonalized momentum of each matrix's gradient (Keller Jordan, 2024).
 
-    The arithmetic is torch.optim.Muon's; matrices of one shape are orthogonalized as one stack, ten times faster here."""
+    The arithmetic is torch.optim.Muon's; matrices of one shape are orthogonalized as one stack, ten times faster here, and in
+    dtype, which there is bfloat16."""
 
-    def __init__(self, params, lr, weight_decay):
+    def __init__(self, params, lr, weight_decay, dtype=torch.float32):
         same_shape = {}
         for p in params:
             same_shape.setdefault(p.shape, []).append(p)
         super().__init__([{"params": group} for group in same_shape.values()], dict(lr=lr, weight_decay=weight_decay))
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -818,13 +834,13 @@ class Muon(torch.optim.Optimizer):
             grads = torch.stack([p.grad for p in params])                        # (n, r, c)
             momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grads))
             momentum.lerp_(grads, 0.05)
-            update = orthogonalize(grads.lerp(momentum, 0.95))                   # Nesterov's look ahead
+            update = orthogonalize(grads.lerp(momentum, 0.95), self.dtype)       # Nesterov's look ahead
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_sub_(params, list(update * (lr * max(1, update.size(1) / update.size(2)) ** 0.5)))
 
 
-def make_optimizers(model, lr, muon_lr, weight_decay):
-    """Muon for matrices inside blocks, AdamW for the rest.
+def make_optimizers(model, lr, muon_lr, weight_decay, autocast=contextlib.nullcontext):
+    """Muon, in autocast's dtype, for matrices inside blocks, AdamW for the rest.
 
     Muon makes each matrix's update orthogonal, which suits few steps at a high learning rate. LoRA's thin matrices
     are AdamW's, as in its paper."""
@@ -832,7 +848,9 @@ def make_optimizers(model, lr, muon_lr, weight_decay):
     for name, p in model.named_parameters():
         if p.requires_grad:
             (inner if p.dim() == 2 and ".layers." in name and ".lora_" not in name else outer).append(p)
-    muon = [Muon(inner, muon_lr, weight_decay)] if inner else []
+    with autocast():
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(model.device.type) else torch.float32
+    muon = [Muon(inner, muon_lr, weight_decay, dtype)] if inner else []
     return [*muon, torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=outer[0].is_cuda)]
 
 

@@ -371,7 +371,7 @@ def train(cfg):
                         "--report-share or another")
 
     phrases, trained = lexicon(data["train"]), trained_parameters(model)
-    optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, cfg.weight_decay)
+    optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, cfg.weight_decay, autocast)
     train_mode(model, cfg)
     folder, progress = begin_stage(cfg, "sft", [trained], optimizers)
     base_hash = folder_hash(cfg.init) if cfg.init else ""

@@ -90,6 +90,18 @@ def a_batch_of_pairs(n=16):
 # Each function below returns {name: (function, how many things it makes)}; ours first, the peer's after it.
 
 
+def both(step_of, gpt, n):
+    """A step of ours, plain and with --compile where there is a compiler."""
+    compiled = copy.deepcopy(gpt)
+    work = {"ours": (step_of(gpt), n)}
+    try:
+        train_mode(compiled, SFTConfig(compile=True))
+        work["--compile"] = step_of(compiled), n
+    except UserError as why:
+        print(why)
+    return work
+
+
 def stage1(autocast):
     """One step of instruction tuning, 64 sequences, also with --compile; transformers: the same padded batch, the whole head,
     AdamW."""
@@ -99,21 +111,15 @@ def stage1(autocast):
     real = int(sum((row != -100).nonzero().max() + 1 for row in labels))                  # tokens that are no padding
 
     def step_of(gpt):
-        optimizers = make_optimizers(gpt, 1e-3, 1e-3, 0.1)
+        optimizers = make_optimizers(gpt, 1e-3, 1e-3, 0.1, autocast)
 
         def step():
             with autocast():
                 loss = -per_token_logps(gpt, ids, labels).sum() / tokens
             take_step(loss, gpt.parameters(), optimizers, clip=1.0)
-        return step, real
+        return step
 
-    work = {"ours": step_of(gpt)}
-    try:
-        compiled = copy.deepcopy(gpt)
-        train_mode(compiled, SFTConfig(compile=True))
-        work["--compile"] = step_of(compiled)
-    except UserError as why:
-        print(why)
+    work = both(step_of, gpt, real)
     if peer:
         optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-3)
 
@@ -152,26 +158,31 @@ def sampling(n):
 
 
 def stage2(autocast, once=True):
-    """One step of DPO on 16 pairs of reports, the reference computed before (once) or at each step; TRL does it each step."""
+    """One step of DPO on 16 pairs of reports, the reference computed before (once) or at each step, also with --compile; TRL
+    does it each step."""
     gpt, _ = gpt_of()
     cfg = DPOConfig(objective="dpo")
     sequences, (ids, labels) = ("text_chosen", "text_rejected"), a_batch_of_pairs()
     families = [[i, 16 + i] for i in range(16)]                     # both reports of an image, which is read once
-    optimizers, keep = make_optimizers(gpt, 1e-4, 1e-4, 0.0), {"text": torch.ones(16, device=DEVICE)}
+    keep, every = {"text": torch.ones(16, device=DEVICE)}, torch.arange(16, device=DEVICE)
     with torch.no_grad():
-        reference, every = sum_logps(gpt, ids, labels, families, sequences), torch.arange(16, device=DEVICE)
+        reference = sum_logps(gpt, ids, labels, families, sequences)
 
-    def ours():
-        with autocast():
-            if not once:
-                with torch.no_grad():
-                    sum_logps(gpt, ids, labels, families, sequences)
-            policy = sum_logps(gpt, ids, labels, families, sequences)
-        take_step(objective_loss(log_ratios(policy, reference, every), keep, cfg)[0], gpt.parameters(), optimizers, clip=1.0)
+    def step_of(gpt):
+        optimizers = make_optimizers(gpt, 1e-4, 1e-4, 0.0, autocast)
+
+        def step():
+            with autocast():
+                if not once:
+                    with torch.no_grad():
+                        sum_logps(gpt, ids, labels, families, sequences)
+                policy = sum_logps(gpt, ids, labels, families, sequences)
+            take_step(objective_loss(log_ratios(policy, reference, every), keep, cfg)[0], gpt.parameters(), optimizers, clip=1.0)
+        return step
 
     with autocast():
         bf16 = torch.is_autocast_enabled(DEVICE)
-    return {"ours": (ours, 16)} | trl_step(ids, labels, bf16)
+    return both(step_of, gpt, 16) | trl_step(ids, labels, bf16)
 
 
 def trl_step(ids, labels, bf16):
@@ -286,7 +297,7 @@ def muon(autocast):
     inner = [p for name, p in gpt.named_parameters() if p.dim() == 2 and ".layers." in name]
     for p in inner:
         p.grad = torch.randn_like(p)
-    ours, theirs = make_optimizers(gpt, 1e-3, 1e-3, 0.1)[0], torch.optim.Muon(inner, 1e-3)
+    ours, theirs = make_optimizers(gpt, 1e-3, 1e-3, 0.1, autocast)[0], torch.optim.Muon(inner, 1e-3)
     return {"ours": (ours.step, 1), "torch.optim.Muon": (theirs.step, 1)}
 
 

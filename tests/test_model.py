@@ -568,13 +568,15 @@ def test_orthogonalize_moves_singular_values_and_keeps_directions(shape):
     assert_close(model.orthogonalize(M), U @ torch.diag_embed(s) @ Vh, atol=1e-4, rtol=0)
 
 
-def test_muon_steps_as_torch_does(monkeypatch):
-    """torch.optim.Muon rounds to bfloat16 on its way, here not on a CPU, where ours does not either."""
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-3), (torch.bfloat16, 0.02)])
+def test_muon_steps_as_torch_does(monkeypatch, dtype, near):
+    """torch.optim.Muon rounds to bfloat16 on its way, here only where ours does, too."""
+    if dtype == torch.float32:
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
     torch.manual_seed(0)
     shapes = [(16, 16), (32, 16), (16, 16), (16, 48), (32, 16)]
     ours, theirs = ([torch.nn.Parameter(torch.ones(s)) for s in shapes] for _ in range(2))
-    optimizers = model.Muon(ours, lr=0.1, weight_decay=0.2), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2)
+    optimizers = model.Muon(ours, 0.1, 0.2, dtype), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2)
     for _ in range(3):
         before = [p.detach().clone() for p in theirs]
         for a, b in zip(ours, theirs):
@@ -582,7 +584,7 @@ def test_muon_steps_as_torch_does(monkeypatch):
         for optimizer in optimizers:
             optimizer.step()
         for a, b, old in zip(ours, theirs, before):
-            assert (a - b).norm() < 1e-3 * (b - old).norm()
+            assert (a - b).norm() < near * (b - old).norm()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 64])
@@ -600,7 +602,7 @@ ALIKE = [[[7, 8, 9, 1, 2], [7, 8, 9, 1, 3, 4], [7, 8, 9, 5]], [[3, 4]], [[6, 5, 
 
 def test_rows_that_begin_alike_are_joined():
     """What they share once, then the rests, each at its own positions and seeing itself and what is shared."""
-    ids, positions, unseen, family, places = model.join(ALIKE, "cpu")
+    ids, positions, mask, family, places = model.join(ALIKE, "cpu")
     joined = [[7, 8, 9, 1, 2, 1, 3, 4, 5], [3, 4], [6, 5, 4], [1, 2, 3, 4, 5]]
     assert ids.tolist() == [row + [0] * (16 - len(row)) for row in joined]
     assert family.tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
@@ -609,7 +611,7 @@ def test_rows_that_begin_alike_are_joined():
         at = place[:len(row)]
         assert ids[f, at].tolist() == row and positions[f, at].tolist() == list(range(len(row)))
         for t, p in enumerate(at):
-            assert (~unseen[f, 0, p]).nonzero().flatten().tolist() == at[:t + 1]
+            assert (mask[f, 0, p] == 0).nonzero().flatten().tolist() == at[:t + 1]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 64])
@@ -754,6 +756,11 @@ def test_every_parameter_has_one_optimizer(gpt):
     sets = [{id(p) for group in o.param_groups for p in group["params"]} for o in (muon, adamw)]
     assert sets[0] | sets[1] == {id(p) for p in gpt.parameters()} and not sets[0] & sets[1]
     assert sets[0] == {id(p) for p in gpt.model.layers.parameters() if p.dim() == 2}
+
+
+def test_muon_multiplies_in_autocasts_dtype(gpt):
+    half = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+    assert [make_optimizers(gpt, 0.1, 0.1, 0.0, *a)[0].dtype for a in ((), (half,))] == [torch.float32, torch.bfloat16]
 
 
 def test_state_of_another_model_raises_user_error(tiny, gpt, tmp_path):
