@@ -911,6 +911,15 @@ def lexicon(records):
     return {n: PHRASES.get(n, (" ".join(n.lower().replace("-", " ").split()),)) for n in names}
 
 
+def common_structures(records):
+    """{modality: structures that all its records with masks have}: what may be asked of an image without any."""
+    common = {}
+    for r in () if isinstance(records, Phantoms) else getattr(records, "rows", records):           # all phantoms have masks
+        if r.masks:
+            common[r.modality] = common.get(r.modality, r.masks.keys()) & r.masks.keys()
+    return common
+
+
 @lru_cache
 def phrase_pattern(phrases):
     """Any of the phrases as whole words, plural allowed."""

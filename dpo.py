@@ -17,7 +17,7 @@ not cover):
 
 Of several m' (--candidates) we take the one given which the SFT model finds y likeliest: a hard pair. Further terms are
 
-    anchor        −log σ(r(chosen) − δ)    what is chosen must not become less likely (AncPO, arXiv:2406.11839)
+    anchor        −log σ(r(chosen) − δ)    keeps the chosen report (bidpo: image too) likely (AncPO, arXiv:2406.11839)
     language      (1 − σ(margin)^q)/q      as text, y_l written of a scrambled image; q: see noise_q (NaPO, arXiv:2503.17928)
     vision        the same                 y_l written without the question
     mask          −log σ(margin)           two masks that the SFT model drew, ranked by a judge
@@ -41,8 +41,8 @@ them: the strict reading). rndpo is our reading of an abstract.
 The lesson, in order: a pair, contrasts and objectives, as pure functions; building pairs; pairs as sequences, and their
 log-probabilities; training. For consultation: key region, entropy, mask proposals; pairs on disk.
 
-A healthy log starts with every −log σ term at 0.6931 (log 2: policy == reference; bidpo's anchor at twice that,
-it holds two sequences; NaPO's at 0.5) and all margins 0; then margins grow. The log-ratios of what is chosen
+A healthy log starts with every −log σ term at 0.6931 (log 2: policy == reference; bidpo's anchor, a sum of two, at twice
+that; language and vision at 0.5, their q being 1) and all margins 0; then margins grow. The log-ratios of what is chosen
 (drift/text_chosen, drift/image_chosen) may fall meanwhile, as the loss rewards the gap and not the level: anchor
 and SFT terms hold them.
 """
@@ -63,7 +63,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import sft as sft_stage
-from data import DISTORTIONS, add_noise, check_data, distort, fingerprint, lexicon, open_data, statement_of
+from data import DISTORTIONS, add_noise, check_data, common_structures, distort, fingerprint, lexicon, open_data, statement_of
 from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_resume, cli, config_for,
                    finish_stage, gather, get_lr, init_run, make_optimizers, own, per_token_logps, process, read_json,
                    read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out,
@@ -121,7 +121,7 @@ class DPOConfig(TuneConfig):
     vision_alpha: float = arg(0.01, "napo: α of vision, the same of log-ratios of whole reports")
     q_min: float = arg(0.001, "napo: least q; towards 0 the term becomes DPO's", least=1e-6, most=1)
     q_max: float = arg(1.0, "napo: greatest q; at 1 the term is the noise-robust mean absolute error", most=1)
-    sft_weight: float = arg(10.0, "λ_s: mean negative log-probability of chosen sequences, per token (sft: 1, others 0.5)")
+    sft_weight: float = arg(10.0, "λ_s: mean negative log-probability of chosen sequences, per token (sft: 1, others but bidpo 0.5)")
     rehearsal_weight: float = arg(15.0, "λ_r: the same of questions, masks and emptied prompts (all but bidpo: 1)")
     rehearsal_size: int = arg(32, "rehearsal sequences a step", most=65536)
     lr: float = arg(5e-4, "peak learning rate of embeddings and norms (AdamW)")
@@ -162,18 +162,18 @@ class Pair:
     answers: tuple = ("", "")    # the genuine study's answer and the twin's
     reports: dict = field(default_factory=dict)     # writer -> what the SFT model wrote (WRITERS)
     entropy: float | None = None            # semantic entropy of its reports on the genuine image, in nats
-    structure: str = ""          # of the proposals; "" where the record has no masks
+    structure: str = ""          # of the proposals; "" where there are none
     proposals: np.ndarray | None = None     # (k, N) masks of the structure that the SFT model drew
     scores: np.ndarray | None = None        # (2, k) their Dice with each other, which ranks them, and with the true mask,
-                                            # which shows whoever reads the file how well it does
+                                            # which shows whoever reads the file how well it does (nan: not known)
     # what one run takes of all this (set_responses)
     wording: int = 0             # which of the three ways to ask
-    rejected: str = ""           # the rejected report
+    rejected: str = ""           # y_l: one of reports, by the writer that --rejected names
     masks: tuple = ()            # chosen and rejected codes
 
 
-# sequence of a pair p: the task, what the model is shown, and the response that is scored given it. X_given: response X, and
-# the twin's side is what is shown
+# sequence of a pair p: the task, what the model is shown, and the response that is scored given it. X_given, the rejected
+# sequence of the contrast of that name: the chosen response X, shown the twin's side
 SEQUENCES = {"text_chosen": lambda p: ("report", p.codes, p.chosen),
              "text_rejected": lambda p: ("report", p.codes, p.rejected),
              "text_language": lambda p: ("report", p.codes, p.reports["habit"]),
@@ -194,8 +194,7 @@ CONTRASTS = {"text": ("text_chosen", "text_rejected"), "text_given": ("text_chos
              "language": ("text_chosen", "text_language"), "vision": ("text_chosen", "text_vision"),
              "mask": ("mask_chosen", "mask_rejected")}
 # image or mask: the one it is compared with, code by code
-COMPARED_WITH = {"image_chosen": "image_rejected", "image_rejected": "image_chosen",
-                 "mask_chosen": "mask_rejected", "mask_rejected": "mask_chosen"}
+COMPARED_WITH = {a: b for name in ("image", "mask") for a, b in (CONTRASTS[name], CONTRASTS[name][::-1])}
 BOTH_WAYS = ("text", "text_given", "image", "image_given", "answer", "answer_given")
 CHOSEN = ("text_chosen", "image_chosen")      # what the NLL is taken of, for every objective and the control; see chosen_of
 
@@ -203,8 +202,8 @@ CHOSEN = ("text_chosen", "image_chosen")      # what the NLL is taken of, for ev
 class Sums(NamedTuple):
     """Sums over one kind of sequence, of a batch (B,) or of all pairs (n,): of log π in nats, or of log π_θ − log π_ref.
 
-    Ω are the codes in which an image or mask differs from the one it is COMPARED_WITH; where a run scores no such
-    other one, all tokens of the response."""
+    Ω: the codes in which an image or mask differs from the one it is COMPARED_WITH; all response tokens where that one is not
+    scored."""
 
     whole: torch.Tensor          # over the tokens of the response
     tokens: torch.Tensor         # how many these are
@@ -216,7 +215,7 @@ class Contrast(NamedTuple):
     """How much a batch of pairs prefers the chosen to the rejected sequence, (B,) each."""
 
     margin: torch.Tensor         # r(chosen) − r(rejected), r = β·(log π_θ − log π_ref); with cfg.normalise over Ω, per code
-    mean_log_ratio: torch.Tensor # the margin per token and without β, for noise_q
+    mean_log_ratio: torch.Tensor # log-ratio per token, chosen less rejected, for noise_q
     keep: torch.Tensor           # 1 where the two differ, so that the pair counts, else 0
 
 
@@ -338,8 +337,8 @@ def objective_loss(ratios, keep, cfg):
 # ---- The lesson: pairs, built once, in out/pairs, for every objective ----------------------------
 
 
-# load_or_build_pairs calls build_pairs -> least_noticed -> add_questions -> add_missing (reports, masks);
-# then train calls set_responses -> pairs_that_count
+# load_or_build_pairs* calls build_pairs, least_noticed, add_questions*, add_missing* (reports, masks); then train calls
+# set_responses, pairs_that_count. *: below, for consultation
 
 
 def scrambled(pair):
@@ -348,26 +347,25 @@ def scrambled(pair):
 
 
 def beginning(report):
-    """A report up to its second sentence: of a phantom's the opening and the first finding."""
+    """A report's first two sentences: of a phantom's the opening and the first finding."""
     sentences = report.split(". ")
     return ". ".join(sentences[:2]) + "." * (len(sentences) > 2)
 
 
 # What the SFT model is shown when it writes a rejected report, what it is asked, and how the report already begins. Without
 # the image it can only follow the habits of language, without the question only what it likes to say of images (NaPO's two
-# biases). "Without the image": scrambled (a model that has never met a prompt without any writes scrambled words), and
-# forced past the first finding, as the request alone suggests none.
+# biases). "Without the image": the image scrambled (given none at all, which it has never met, the model writes scrambled
+# words), and the report forced past its first finding, as the request alone suggests none.
+REQUEST = INSTRUCTIONS["report"][0]
 WRITERS = {"distorted": lambda p: (p.distorted, REQUEST, ""),
            "own": lambda p: (p.codes, REQUEST, ""),
            "habit": lambda p: (scrambled(p), REQUEST, beginning(p.chosen)),
            "no-question": lambda p: (p.codes, "", "")}
-REQUEST = INSTRUCTIONS["report"][0]
-BIASED = {"language": "habit", "vision": "no-question"}      # contrast: which of these gives its rejected report
 
 
 def twins_of(record, index, records, cfg, region):
     """The different ones among cfg.candidates twins of record `index`, of one kind, drawn from (seed, index): a list of Twin."""
-    rng, twins = np.random.default_rng([cfg.seed, 5, index]), {}
+    rng, twins = np.random.default_rng([cfg.seed, 5, index]), {}        # 5: no other draw of a run has this number
     kind = cfg.distort[rng.integers(len(cfg.distort))]      # one a record, else least_noticed would favour one
     once = region and cache(lambda: region(record))         # it takes some twenty passes of the model
     for _ in range(cfg.candidates):
@@ -459,9 +457,9 @@ def pairs_that_count(pairs, cfg, phrases):
               "mask": lambda p: (p.masks[0] != p.masks[1]).any(),              # |Ω| = 0 carries no signal
               "text": lambda p: states(p.rejected) != states(p.chosen),
               "image_given": lambda p: states(p.twin_text) != states(p.chosen),
-              "answer": lambda p: bool(p.question), "answer_given": lambda p: bool(p.question)}
-    for bias, writer in BIASED.items():
-        differ[bias] = lambda p, writer=writer: states(p.reports[writer]) != states(p.chosen)
+              "answer": lambda p: bool(p.question), "answer_given": lambda p: bool(p.question),
+              "language": lambda p: states(p.reports["habit"]) != states(p.chosen),
+              "vision": lambda p: states(p.reports["no-question"]) != states(p.chosen)}
     keep = {name: np.array([differ[name](p) for p in pairs], int) for name in contrasts_of(cfg)}
     flipped = np.random.default_rng([cfg.seed, 12]).random(len(pairs)) < cfg.flip_pairs
     counts = ", ".join(f"{name} {int(v.sum())}" for name, v in keep.items())
@@ -494,7 +492,7 @@ def pair_batch(pairs, indices, sequences, vocab, device):
     for sequence in sequences:
         for i in indices:
             shown = SEQUENCES[sequence](pairs[i])[1]
-            families.setdefault((i, id(shown)), []).append(len(examples))
+            families.setdefault((i, id(shown)), []).append(len(examples))       # id: one object, as arrays have no hash
             examples.append(pair_example(pairs[i], sequence, vocab))
     ids, labels = collate(examples, vocab.pad, device)
     return ids.unflatten(0, (len(sequences), -1)), labels.unflatten(0, (len(sequences), -1)), list(families.values())
@@ -505,12 +503,11 @@ def sum_logps(model, ids, labels, families, sequences):
     logps = per_token_logps(model, ids.flatten(0, 1), labels.flatten(0, 1), families=families)
     logps = logps.unflatten(0, ids.shape[:2])                                                         # (S, B, T-1)
     ids, counted = ids[..., 1:], labels[..., 1:] != -100
-    at = {sequence: i for i, sequence in enumerate(sequences)}
     result = {}
-    for sequence, i in at.items():
-        omega = counted[i]
-        if COMPARED_WITH.get(sequence) in at:
-            omega = omega & (ids[i] != ids[at[COMPARED_WITH[sequence]]])
+    for i, sequence in enumerate(sequences):
+        omega, other = counted[i], COMPARED_WITH.get(sequence)
+        if other in sequences:
+            omega = omega & (ids[i] != ids[sequences.index(other)])           # their prompts are equal: codes align
         result[sequence] = Sums(logps[i].sum(-1), counted[i].sum(-1), (logps[i] * omega).sum(-1), omega.sum(-1))
     return result
 
@@ -523,8 +520,8 @@ def sum_reference_logps(model, pairs, sequences, vocab, cfg, autocast):
         with autocast():
             sums = sum_logps(model, *pair_batch(pairs, indices, sequences, vocab, model.device), sequences)
         return torch.stack([torch.stack(sums[s]) for s in sequences]).cpu()                           # (S, 4, B)
-    whole = torch.cat(share_out(score, range(0, len(pairs), cfg.batch_size), "reference"), dim=-1).to(model.device)
-    return {s: Sums(*sums) for s, sums in zip(sequences, whole)}
+    table = torch.cat(share_out(score, range(0, len(pairs), cfg.batch_size), "reference"), dim=-1).to(model.device)   # (S, 4, n)
+    return {s: Sums(*rows) for s, rows in zip(sequences, table)}
 
 
 def log_ratios(policy_sums, reference_sums, indices):
@@ -564,17 +561,14 @@ def schedule(cfg, step):
     if cfg.curriculum == "none":
         return step, cfg.steps
     third = 3 * step // cfg.steps
-    start, end = (-(-cfg.steps * t // 3) for t in (third, third + 1))
+    start, end = ((cfg.steps * t + 2) // 3 for t in (third, third + 1))      # rounded up
     return step - start, end - start
 
 
 def chosen_nll(policy_sums, asked, cfg):
     """Mean negative log-probability of the chosen sequences' tokens, in nats. asked (B,): 1 where a pair has a question, else 0."""
-    nats = tokens = 0
-    for name in chosen_of(cfg):
-        counts = asked if name == "answer_chosen" else torch.ones_like(asked)
-        nats, tokens = nats + (policy_sums[name].whole * counts).sum(), tokens + (policy_sums[name].tokens * counts).sum()
-    return -nats / tokens
+    chosen = [(policy_sums[name], asked if name == "answer_chosen" else torch.ones_like(asked)) for name in chosen_of(cfg)]
+    return -sum((sums.whole * w).sum() for sums, w in chosen) / sum((sums.tokens * w).sum() for sums, w in chosen)
 
 
 def gradient_norms(losses, parameters, cfg):
@@ -650,8 +644,8 @@ def train(cfg):
             logged = {"nll_loss": nll, "rehearsal_loss": rehearsal, **{f"loss_{k}": v for k, v in terms.items()},
                       **{f"drift/{k}": ratios[k].whole.mean() for k in CHOSEN}, **norms,
                       **contrast_metrics(ratios, policy_sums, contrasts, cfg)}
-            log(step, ("loss", *(f"rewards_{k}/margins" for k in contrasts)), loss=loss.detach(), grad_norm=grad_norm,
-                lr=optimizers[-1].param_groups[0]["lr"], **{k: v.detach() for k, v in logged.items()})
+            log(step, ("loss", *(f"rewards_{k}/margins" for k in contrasts)), loss=loss, grad_norm=grad_norm,
+                lr=optimizers[-1].param_groups[0]["lr"], **logged)
             log.warn(any(masked_mean(c.margin.abs(), c.keep) > 30 for c in contrasts.values()),
                      "margins are over 30: the model is far from its reference; lower --beta or the learning rates")
         log.bar.update()
@@ -710,22 +704,29 @@ def add_entropy(pairs, model, vocab, cfg, phrases):
         pair.entropy = float((p * np.log(1 / p)).sum())
 
 
-def add_proposals(pairs, records, model, vocab, vqgan, cfg):
-    """For each pair whose record has masks: k masks of one structure that the SFT model draws, and their scores."""
-    k = cfg.proposals
+def add_proposals(pairs, records, model, vocab, vqgan, cfg, autocast):
+    """For each pair: k masks of one structure that the SFT model draws, and their scores.
+
+    The structure is one of the record's masks; where it has none, one that all other records of its modality have. The codes
+    are those of the masks themselves, as two of the codes drawn may look the same."""
+    k, common = cfg.proposals, common_structures(records)
     for start in tqdm(range(0, len(pairs), 64), desc="mask proposals", unit="batch", leave=False):
-        batch = [(p, records[p.index].masks) for p in pairs[start:start + 64]]
-        batch = [(p, masks) for p, masks in batch if masks]
+        batch = []                                            # (pair, true mask or None)
+        for pair in pairs[start:start + 64]:
+            record = records[pair.index]
+            if names := sorted(record.masks or common.get(record.modality, ())):
+                pair.structure = str(np.random.default_rng([cfg.seed, 10, pair.index]).choice(names))
+                batch.append((pair, record.masks.get(pair.structure)))
         if not batch:
             continue
-        for pair, masks in batch:
-            pair.structure = str(np.random.default_rng([cfg.seed, 10, pair.index]).choice(sorted(masks)))
-        drawn, codes = draw_masks(model, vocab, vqgan, [p.codes for p, _ in batch for _ in range(k)],
-                                  [p.structure for p, _ in batch for _ in range(k)], temperature=cfg.pair_temperature,
-                                  seed=cfg.seed + start)
-        for (pair, masks), proposed, pair.proposals in zip(batch, np.split(drawn, len(batch)), np.split(codes, len(batch))):
+        drawn, _ = draw_masks(model, vocab, vqgan, [p.codes for p, _ in batch for _ in range(k)],
+                              [p.structure for p, _ in batch for _ in range(k)], temperature=cfg.pair_temperature,
+                              seed=cfg.seed + start)
+        codes = encode_images(list(drawn * np.uint8(255)), vqgan, autocast)
+        for (pair, true), proposed, pair.proposals in zip(batch, np.split(drawn, len(batch)), np.split(codes, len(batch))):
             agreement = [np.mean([dice(proposed[a], proposed[b]) for b in range(k) if b != a]) for a in range(k)]
-            pair.scores = np.array([agreement, [dice(m, masks[pair.structure]) for m in proposed]], np.float32)
+            truth = [np.nan if true is None else dice(mask, true) for mask in proposed]
+            pair.scores = np.array([agreement, truth], np.float32)
 
 
 def rank_proposals(scores, mining, noise, rng):
@@ -789,12 +790,12 @@ def write_pairs(cfg, pairs, recipe):
     finish_stage(cfg, "pairs")
 
 
-def add_missing(pairs, cfg, records, phrases, model, vocab, vqgan):
+def add_missing(pairs, cfg, records, phrases, model, vocab, vqgan, autocast):
     """Add to pairs what the objective needs and they lack: reports, entropy, masks; whether anything was added.
 
     Raises UserError where masks are needed and no record has any."""
     contrasts = contrasts_of(cfg)
-    writers = {*cfg.rejected, "distorted", *(w for b, w in BIASED.items() if b in contrasts)} - pairs[0].reports.keys()
+    writers = {*cfg.rejected, "distorted", *(("habit", "no-question") if "language" in contrasts else ())} - pairs[0].reports.keys()
     for writer in sorted(writers):
         for pair, text in zip(pairs, sample_reports(pairs, writer, model, vocab, cfg, cfg.seed)):
             pair.reports[writer] = text
@@ -803,7 +804,7 @@ def add_missing(pairs, cfg, records, phrases, model, vocab, vqgan):
         add_entropy(pairs, model, vocab, cfg, phrases)
     needs_masks = "mask" in contrasts and not any(p.structure for p in pairs)
     if needs_masks:
-        add_proposals(pairs, records, model, vocab, vqgan, cfg)
+        add_proposals(pairs, records, model, vocab, vqgan, cfg, autocast)
         if not any(p.structure for p in pairs):
             raise UserError(f"--objective {cfg.objective} compares masks, and no training record has any: add "
                             "`masks` to the metadata, or take another objective")
@@ -832,7 +833,7 @@ def load_or_build_pairs(cfg, records, studies, phrases, vqgan, model, vocab, aut
             tqdm.write(f"of these kept, the least noticed of each record: {count_kinds(pairs)}")
         add_questions(pairs, studies, model, vocab, cfg, autocast)
     with autocast():
-        added = add_missing(pairs, cfg, records, phrases, model, vocab, vqgan)
+        added = add_missing(pairs, cfg, records, phrases, model, vocab, vqgan, autocast)
     if added or not found:
         write_pairs(cfg, pairs, recipe)
     return pairs

@@ -126,7 +126,7 @@ def triggers_of(record):
 
 def count_companions(stated, records):
     """Per record, (n,) each: how many triggers are shown without their companion, how many of these companions are stated."""
-    absent, invented = np.zeros(len(records)), np.zeros(len(records))
+    absent, invented = np.zeros((2, len(records)))
     for i, (said, record) in enumerate(zip(stated, records)):
         missing = [(c.name, c.side) for _, c, there in triggers_of(record) if not there]
         absent[i], invented[i] = len(missing), len(names_and_sides(said) & set(missing))
@@ -229,9 +229,9 @@ def evaluate_reports(model, vocab, bench):
         return result, greedy
     for decoding, temperature in (("greedy", 0.0), ("t0.5", 0.5), ("t1.0", 1.0)):
         texts = write_reports(model, vocab, list(bench.codes), temperature=temperature, seed=bench.cfg.seed)
-        greedy, scores = greedy or texts, {}
-        if bench.known:
-            scores = score_findings([read_findings(t, bench.phrases) for t in texts], bench.records, bench.bootstrap)
+        greedy = greedy or texts                             # those of the first decoding
+        stated = [read_findings(t, bench.phrases) for t in texts]
+        scores = score_findings(stated, bench.records, bench.bootstrap) if bench.known else {}
         for kind, terms in (("modality", MODALITY_PHRASES), ("body_part", BODY_PHRASES)):
             true = [read_term(getattr(r, kind), terms) for r in bench.records]
             if any(true):
@@ -282,14 +282,14 @@ def evaluate_answers(model, vocab, bench):
 
 
 def evaluate_companions(model, vocab, bench):
-    """The habit in answers: of the triggers without their companion on either side (the question names none), the share for
-    which "Is there a pleural effusion?" is answered with yes."""
+    """The habit in answers: of the triggers whose companion's finding is on neither side (the question names no side), the
+    share for which, say, "Is there a pleural effusion?" is answered with yes."""
     cases = [(i, ask_whether(MODALITIES[r.spec.modality][c.name], 0)) for i, r in enumerate(bench.records)
              for _, c, _ in triggers_of(r) if c.name not in {f.name for f in r.findings}]
     if not cases:
         return {}
     said = write_answers(model, vocab, [bench.codes[i] for i, _ in cases], [q for _, q in cases])
-    asked, yes = np.zeros(len(bench.records)), np.zeros(len(bench.records))
+    asked, yes = np.zeros((2, len(bench.records)))
     for (i, _), text in zip(cases, said):
         asked[i] += 1
         yes[i] += bare_answer(text) == "yes"
@@ -304,7 +304,7 @@ def evaluate_masks(model, vocab, vqgan, bench):
     if not have:
         return {}
     drawn, _ = draw_masks(model, vocab, vqgan, [bench.codes[i] for i in have], [chosen[i] for i in have])
-    value, area = np.zeros(len(chosen)), np.zeros(len(chosen))
+    value, area = np.zeros((2, len(chosen)))
     for i, mask in zip(have, drawn):
         true = bench.records[i].masks[chosen[i]]
         value[i], area[i] = dice(mask, true), true.mean()
@@ -447,7 +447,7 @@ def read_kept(path, recipe=None):
 
 
 def evaluate_model(name, model, vocab, vqgan, bench, autocast):
-    """Every metric of one model, {name: Metric}, and its greedy reports, both kept in out/eval.
+    """Every metric of one model, {name: Metric}; these and its greedy reports are kept in out/eval.
 
     A model is evaluated again only after a change: of weights, test set, finding reader, flags or code."""
     cfg, path = bench.cfg, Path(bench.cfg.out) / "eval" / f"{name}.safetensors"
@@ -473,13 +473,13 @@ def evaluate_model(name, model, vocab, vqgan, bench, autocast):
 
 def evaluate(cfg):
     """Evaluate every model in cfg.out; write eval.json, captions and references, pictures; print the table."""
-    names = find_models(cfg.out)
+    out, names = Path(cfg.out), find_models(cfg.out)
     chosen = choose_model(cfg, names)
     device, autocast = init_run(cfg)
     vqgan = load_vqgan_of(cfg, device)
-    loaded = {name: load_gpt(Path(cfg.out) / name, vqgan, device) for name in names}
+    loaded = {name: load_gpt(out / name, vqgan, device) for name in names}
     for name, (model, _) in loaded.items():
-        check_data(model.config.data, cfg, Path(cfg.out) / name)
+        check_data(model.config.data, cfg, out / name)
     bench = make_benchmark(cfg, vqgan, device, autocast)
     results = {"vqgan": evaluate_reconstruction(vqgan, bench, autocast)}
     for name, (model, vocab) in tqdm(loaded.items(), desc="evaluating", unit="model", leave=False):
@@ -488,15 +488,15 @@ def evaluate(cfg):
     for name in names:
         if "control" in results and name not in ("sft", "control"):
             written[f"{name} minus control"] = difference(results[name], results["control"])
-    write_text(Path(cfg.out) / "eval.json", json.dumps(written, indent=1) + "\n")
-    write_text(Path(cfg.out) / "references.json", json.dumps(coco_references(bench.records)) + "\n")
-    write_text(Path(cfg.out) / "captions.json", (Path(cfg.out) / "eval" / f"{chosen}.captions.json").read_text())
+    write_text(out / "eval.json", json.dumps(written, indent=1) + "\n")
+    write_text(out / "references.json", json.dumps(coco_references(bench.records)) + "\n")
+    write_text(out / "captions.json", (out / "eval" / f"{chosen}.captions.json").read_text())
     sheets = [contact_sheet(loaded, vqgan, bench, autocast)]
-    if "sft" in loaded and (Path(cfg.out) / "pairs").exists():
+    if "sft" in loaded and (out / "pairs").exists():
         sheets += pair_sheet(loaded["sft"][0], vqgan, bench)
-    in_columns(sheets, 1).save(Path(cfg.out) / "samples.png")
+    in_columns(sheets, 1).save(out / "samples.png")
     preferred = names[-1] if chosen in ("sft", "control") else chosen           # these two have no preference curves
-    curves(cfg.out, preferred).save(Path(cfg.out) / "curves.png")
+    curves(out, preferred).save(out / "curves.png")
     print_table(written, names, bench)
     print(f"wrote {cfg.out}/eval.json, {cfg.out}/samples.png, {cfg.out}/curves.png; for other scorers "
           f"{cfg.out}/references.json and {cfg.out}/captions.json (greedy reports of {chosen})")
@@ -621,10 +621,9 @@ def pair_sheet(model, vqgan, bench):
     folder = Path(bench.cfg.out) / "pairs"
     recipe = read_json(folder / "config.json")
     is_of_model = isinstance(recipe, dict) and recipe.get("sft") == weights_hash(model)
-    pairs = is_of_model and read_pairs(folder, vqgan.config.codebook_size)
+    pairs = (read_pairs(folder, vqgan.config.codebook_size) or [])[:2] if is_of_model else []
     if not pairs:
         return []
-    pairs = pairs[:2]
     decode = lambda codes: vqgan.decode(torch.as_tensor(np.stack(codes), device=bench.pixels.device).long())
     ask = lambda texts, k: [f"{text} {p.question} {p.answers[k]}".strip() for text, p in zip(texts, pairs)]
     chosen, twin, unknown = [p.chosen for p in pairs], [p.twin_text for p in pairs], [None] * len(pairs)

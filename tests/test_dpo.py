@@ -567,16 +567,29 @@ def test_proposals_are_scored_by_each_other_and_by_the_truth(monkeypatch):
     """Two of three drawn masks are the same and wrong, one is the truth: agreement and truth rank them differently."""
     truth, wrong = np.zeros((8, 8), bool), np.zeros((8, 8), bool)
     truth[:4], wrong[4:] = True, True
-    records = [replace(Phantoms("train", 1)[0], masks={}), replace(Phantoms("train", 1)[0], masks={"heart": truth})]
+    records = [replace(Phantoms("train", 1)[0], masks={}), replace(Phantoms("train", 1)[0], masks={"heart": truth}, modality="MRI")]
     drawn, codes, asked = np.stack([wrong, truth, wrong]), np.arange(12).reshape(3, 4), []
     monkeypatch.setattr(dpo, "draw_masks", lambda model, vocab, vqgan, codes, structures, **options: asked.append(
-        (np.stack(codes).tolist(), structures, options["temperature"])) or (drawn, np.arange(12).reshape(3, 4)))
+        (np.stack(codes).tolist(), structures, options["temperature"])) or (drawn, None))
+    monkeypatch.setattr(dpo, "encode_images", lambda images, *a: codes if np.array_equal(images, drawn * np.uint8(255)) else None)
     pairs, cfg = without_masks(make_pairs()), config("rndpo")
-    dpo.add_proposals(pairs, records, None, VOCAB, None, cfg)
+    dpo.add_proposals(pairs, records, None, VOCAB, None, cfg, None)
     assert pairs[0].structure == "" and pairs[0].proposals is None and pairs[1].structure == "heart"
     np.testing.assert_allclose(pairs[1].scores, [[0.5, 0, 0.5], [0, 1, 0]])
     assert np.array_equal(pairs[1].proposals, codes)
     assert asked == [([pairs[1].codes.tolist()] * cfg.proposals, ["heart"] * cfg.proposals, cfg.pair_temperature)]
+
+
+def test_images_without_masks_are_asked_for_what_all_others_of_their_kind_show(monkeypatch):
+    """Both records with masks have a heart, one alone an effusion; no truth to be scored by."""
+    record, truth = Phantoms("train", 1)[0], np.ones((8, 8), bool)
+    records = [replace(record, masks={}), *(replace(record, masks=dict.fromkeys(names, truth)) for names in (("heart", "effusion"), ("heart",))),
+               replace(record, masks={"ventricles": truth}, modality="head CT")]
+    monkeypatch.setattr(dpo, "draw_masks", lambda model, vocab, vqgan, codes, *a, **options: (np.ones((len(codes), 8, 8), bool), None))
+    monkeypatch.setattr(dpo, "encode_images", lambda images, *a: np.arange(4 * len(images)).reshape(-1, 4))
+    pairs = without_masks(make_pairs())[:1]
+    dpo.add_proposals(pairs, records, None, VOCAB, None, config("rndpo"), None)
+    assert pairs[0].structure == "heart" and pairs[0].scores[0].tolist() == [1, 1, 1] and np.isnan(pairs[0].scores[1]).all()
 
 
 def test_semantic_entropy_by_hand(monkeypatch):
@@ -598,7 +611,7 @@ def test_what_the_objective_needs_is_added_and_nothing_else(monkeypatch, objecti
     monkeypatch.setattr(dpo, "add_entropy", lambda *a: done.add("entropy"))
     monkeypatch.setattr(dpo, "add_proposals", lambda pairs, *a: done.add("masks") or setattr(pairs[0], "structure", "heart"))
     pairs = [replace(p, reports={"distorted": "Normal."}, entropy=None) for p in without_masks(make_pairs())]
-    add = lambda: dpo.add_missing(pairs, config(objective, *flags), [], PHRASES, None, VOCAB, None)
+    add = lambda: dpo.add_missing(pairs, config(objective, *flags), [], PHRASES, None, VOCAB, None, None)
     assert add() == bool(added) and done == added
     assert all(p.reports == {"distorted": "Normal."} | dict.fromkeys(added - {"entropy", "masks"}, "New.") for p in pairs)
     for p in pairs:
@@ -610,7 +623,7 @@ def test_what_the_objective_needs_is_added_and_nothing_else(monkeypatch, objecti
 def test_masks_that_no_record_has_are_asked_for():
     records = [replace(Phantoms("train", 2)[i], masks={}) for i in range(2)]
     with pytest.raises(UserError, match="--objective rndpo"):
-        dpo.add_missing(without_masks(make_pairs()), config("rndpo"), records, PHRASES, None, VOCAB, None)
+        dpo.add_missing(without_masks(make_pairs()), config("rndpo"), records, PHRASES, None, VOCAB, None, None)
 
 
 def test_the_curriculum_takes_one_third_after_the_other():
