@@ -651,7 +651,8 @@ def train(cfg):
         log.bar.update()
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stopping:
             save_state(folder, step + 1, [trained], optimizers, flags=run_flags(cfg), sft=sft_hash)
-        log.stop_if_asked()
+        if log.stopping:
+            log.close()                                      # raises Stopped
     log.close()
     save_tuned(folder, model, cfg, adapter)
     vocab.save(folder)

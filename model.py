@@ -8,8 +8,8 @@ Part 1 is the lesson, to be read in order: exactly Qwen3's arithmetic and parame
 so the folders written here open unchanged in `transformers`. RMSNorm before each sublayer, rotary positions
 (RoPE, arXiv:2104.09864), an RMSNorm on every query and key head, grouped-query attention (arXiv:2305.13245),
 SwiGLU (arXiv:2002.05202). Images and text are both just ids to it: sft.py decides which is which.
-Part 2 is for consultation: LoRA (arXiv:2106.09685), which trains thin matrices beside the frozen ones and is
-written as PEFT writes it; then plumbing: flags, device, learning rate, folders on disk, log.
+Part 2 is for consultation, part 1 calls into it (UserError, refuse, load_folder …): flags, device, processes, optimizers,
+folders on disk, log; last LoRA (arXiv:2106.09685), thin matrices trained beside frozen ones, written as PEFT writes it.
 """
 
 import argparse
@@ -83,7 +83,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions, head_dim, theta):
-    """cos and ∓sin, each (B, 1, T, head_dim), of the RoPE angles at integer positions (B, T); what `rotate` takes."""
+    """cos and sin (negative in the first half), each (B, 1, T, head_dim), of the RoPE angles at integer positions (B, T)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
     angle = positions[:, None, :, None].float() * frequency      # (B, 1, T, head_dim/2)
     cos, sin = angle.cos(), angle.sin()
@@ -120,18 +120,18 @@ class Attention(nn.Module):
         a position (3rd) may not attend to another (4th); by default it attends to no later one (causal)."""
         B, T, _ = x.shape
         heads = lambda y: y.view(B, T, -1, self.head_dim)                     # (B, T, nh, D)
-        scale = self.head_dim ** -0.5     # of the scores; on the angles it costs least
+        scale = self.head_dim ** -0.5     # 1/√D of the scores; put on cos and sin, the smallest tensors
         q = rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), cos * scale, sin * scale)   # (B, nh, T, D)
         k = rotate(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), cos, sin)   # (B, nkv, T, D)
         v = heads(self.v_proj(x)).transpose(1, 2)
         if self.groups > 1:
             k, v = (y.repeat_interleave(self.groups, dim=1) for y in (k, v))  # nkv -> nh
         if x.is_cuda:
-            mask = None if mask is None else mask.to(q.dtype)
+            mask = mask if mask is None else mask.to(q.dtype)
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=1.0)
         else:                             # written out: SDPA's backward is slow on CPUs (tests/bench.py)
             mask = causal_mask(T, x.device) if mask is None else mask
-            scores = q @ k.transpose(-1, -2) + mask.to(q.dtype)               # (B, nh, T, T)
+            scores = q @ k.mT + mask.to(q.dtype)                              # (B, nh, T, T)
             y = scores.softmax(dim=-1).to(v.dtype) @ v
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -185,7 +185,7 @@ class Backbone(nn.Module):
 
 
 class GPT(nn.Module):
-    """Qwen3ForCausalLM: `gpt(ids)` maps ids (B, T) to logits (B, T, V), always at every position."""
+    """Qwen3ForCausalLM: `gpt(ids)` maps ids (B, T) to logits (B, T, V)."""
 
     def __init__(self, config):
         super().__init__()
@@ -205,8 +205,8 @@ class GPT(nn.Module):
 
     def head(self, h):
         """Hidden states (..., hidden_size) to logits (..., V)."""
-        tied = self.config.tie_word_embeddings       # no second parameter: safetensors forbids sharing
-        return F.linear(h, self.model.embed_tokens.weight if tied else self.lm_head.weight)
+        table = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head      # safetensors forbids sharing
+        return F.linear(h, table.weight)
 
     def forward(self, ids):
         return self.head(self.model(ids))
@@ -248,10 +248,9 @@ class GPT(nn.Module):
         config, tensors = load_folder(folder, "sft.py", ("model_type", "qwen3"))
         with refuse(f"{folder}/config.json describes no model", "bring back the one it came with"):
             rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-            found = {"rope_type": rope.get("rope_type", rope.get("type", "default")),
-                     "hidden_act": config.get("hidden_act", "silu"),
-                     "use_sliding_window": config.get("use_sliding_window", False)}
-            if found != (known := {"rope_type": "default", "hidden_act": "silu", "use_sliding_window": False}):
+            known = {"rope_type": "default", "hidden_act": "silu", "use_sliding_window": False}
+            given = {**config, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+            if (found := {k: given.get(k, v) for k, v in known.items()}) != known:
                 raise UserError(f"{folder}/config.json says {found}, and this file implements only {known}")
             # Qwen3's own defaults for what an old config.json leaves out, which are not all ours
             config = {"rope_theta": rope.get("rope_theta", 10000.0), "head_dim": 128, "tie_word_embeddings": False, **config}
@@ -278,7 +277,7 @@ def join(families, device):
 
     An image is most of a sequence, and a pair asks much of the same image: read once, it costs once (for DPO
     arXiv:2410.20305). families: lists of rows, a row a list of ids. Returns ids and positions (F, S) and a mask (F, 1, S, S)
-    for Backbone; and where the rows are in there, all families' in order: their family (B,), their tokens' places (B, T)."""
+    for Backbone; and for each row, family after family: its family (B,) and its tokens' places (B, T)."""
     joined, family, places = [], [], []
     for f, rows in enumerate(families):
         shared = len(os.path.commonprefix(rows))
@@ -291,16 +290,16 @@ def join(families, device):
             positions += range(shared, len(row))
             branch += [number] * len(rest)
         joined.append((ids, positions, branch))
-    size = lambda lists: -(-max(map(len, lists)) // 8) * 8                # few lengths: each has kernels of its own
+    size = lambda lists: -(-max(map(len, lists)) // 8) * 8                # rounded up to 8s: each length needs kernels of its own
     fill = lambda lists: torch.tensor([[*row, *[0] * (size(lists) - len(row))] for row in lists], device=device)
     ids, positions, branch = map(fill, zip(*joined))
-    others = (branch[:, None] != branch[:, :, None]) & (branch[:, None] != 0)
+    others = (branch[:, None] != branch[:, :, None]) & (branch[:, None] != 0)      # (F, query, key): key in another's rest
     mask = causal_mask(ids.size(1), device).masked_fill(others, float("-inf"))
     return ids, positions, mask[:, None], torch.tensor(family, device=device), fill(places)
 
 
 def response_logps(model, ids, labels, joined=None):
-    """Log-probabilities (n,) of the n response tokens of ids (B, T), and the rows b and positions t that predict them.
+    """Log-probabilities (n,) of the n response tokens (label not -100) of ids (B, T), and rows b, positions t that predict them.
 
     joined: what `join` made of the rows of ids, if it is to be read in their place."""
     b, t = (labels[:, 1:] != -100).nonzero(as_tuple=True)          # position t predicts token t + 1
@@ -323,19 +322,19 @@ def per_token_logps(model, ids, labels, rows=None, families=None):
     happens here. Returns (B, T-1) float32, 0 outside the response; its sum over dim 1 is the sequence
     log-probability. Uniform logits give -log(V) a token. Only response positions pass the output
     head: with short answers after long prompts that saves most of its cost.
-    Sequences of like length go through the model together, `rows` at a time and cut to about their length: a
-    third of a batch would be padding, and what 16 rows need stays in a CPU's cache (on a GPU 64 at a time).
-    families: lists of rows that begin alike, each row in one; they go through the model as one (`join`)."""
+    Rows of like length go through the model together, `rows` at a time, cut to about their length: else a third would be
+    padding. By default 16, which fits a CPU's cache, on a GPU 64.
+    families: lists of rows that begin alike, each row in one; each goes through as one (`join`) and counts as one of `rows`."""
     rows = rows or (64 if ids.is_cuda else 16)
     logps = torch.zeros(len(ids), ids.size(1) - 1, device=ids.device)
     lengths = (ids.size(1) - (labels.flip(1) != -100).int().argmax(dim=1)).tolist()        # up to the last response token
     units = sorted(families or [[i] for i in range(len(ids))], key=lambda unit: sum(lengths[i] for i in unit))
     for start in range(0, len(units), rows):
-        part = [i for unit in units[start:start + rows] for i in unit]
+        group = units[start:start + rows]
+        part = [i for unit in group for i in unit]
         end = min(-(-max(lengths[i] for i in part) // 8) * 8, ids.size(1))
-        inputs = model, ids[part, :end], labels[part, :end]
-        if families:
-            inputs += join([[ids[i, :lengths[i]].tolist() for i in unit] for unit in units[start:start + rows]], ids.device),
+        joined = join([[ids[i, :lengths[i]].tolist() for i in unit] for unit in group], ids.device) if families else None
+        inputs = model, ids[part, :end], labels[part, :end], joined
         found, b, t = checkpoint(response_logps, *inputs, use_reentrant=False) if model.recompute else response_logps(*inputs)
         logps = logps.index_put((torch.tensor(part, device=ids.device)[b], t), found)
     return logps
@@ -354,21 +353,19 @@ class CachedGPT:
 
     def __init__(self, model, prompts, rows, max_new_tokens, allowed):
         """prompts: lists of ids, to be read once each; rows: how many will go on from them (`keep`); allowed (low, high): the
-        ids whose logits are computed. Under autocast to bfloat16 CPUs take it for products of 32 rows and more alone, as all
-        else, and fewer, is slower with its casts."""
+        ids whose logits are computed. Under autocast to bfloat16 a CPU uses it only in products of 32 rows or more: elsewhere
+        the casts cost more than they save."""
         config, device = model.config, model.device
         half = torch.is_autocast_enabled(device.type)
         product_dtype = torch.bfloat16 if half and (rows >= 32 or device.type == "cuda") else torch.float32
         dtype = torch.bfloat16 if half and device.type == "cuda" else torch.float32
         state = {k: v.to(product_dtype if "_proj" in k else dtype) for k, v in merged_state(model).items()}
         self.n_q, self.n_kv, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        # RMSNorm in three operations: √(mean x² + ε) is hypot(|x|, √(nε)) / √n, and the √n is in the weight
+        # RMSNorm in three operations: √(mean x² + ε) is hypot(‖x‖, √(nε)) / √n, and the √n is in the weight
         floor = {n: torch.tensor((n * config.rms_norm_eps) ** 0.5, dtype=dtype, device=device)
                  for n in (config.hidden_size, config.head_dim)}
         self.rms_norm = lambda x, weight: x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(floor[x.size(-1)]) * weight
-        for name, weight in state.items():
-            if "norm" in name:
-                state[name] = weight * weight.numel() ** 0.5
+        state |= {name: weight * weight.numel() ** 0.5 for name, weight in state.items() if "norm" in name}
         self.embedding, self.norm = state["model.embed_tokens.weight"], state["model.norm.weight"]
         head = self.embedding if config.tie_word_embeddings else state["lm_head.weight"]
         by_column = lambda W: W.t().contiguous().t()       # of that order a CPU multiplies few rows nearly twice as fast
@@ -414,7 +411,7 @@ class CachedGPT:
                 qk = rotate(self.rms_norm(qkv[:, :, :n_qk], layer["qk_norm"]), cos, sin).transpose(1, 2)
                 k[:, :, start:end], v[:, :, start:end] = qk[:, self.n_q:], qkv[:, :, n_qk:].transpose(1, 2)
                 y = F.scaled_dot_product_attention(qk[:, :self.n_q], k[:, :, :end], v[:, :, :end], attn_mask=bias,
-                                                   enable_gqa=self.n_q > self.n_kv)
+                                                   enable_gqa=self.n_q > self.n_kv)     # its own scale: 1/√D
                 x = x + product(y.transpose(1, 2).reshape(B, T, -1), layer["o"])
                 gate, up = product(self.rms_norm(x, layer["mlp_norm"]), layer["gate_up"]).chunk(2, dim=-1)
                 x = x + product(F.silu(gate) * up, layer["down"])
@@ -436,7 +433,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
         drop = p.cumsum(dim=-1) - p >= top_p        # keeps the token that crosses top_p
         drop[:, 0] = False                          # and the likeliest in any case
         logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
-    below = logits.softmax(dim=-1).cumsum(dim=-1)               # one uniform number a row, looked up in the cumulated
+    below = logits.softmax(dim=-1).cumsum(dim=-1)               # where a uniform number falls in the cumulated: inverse transform
     at = torch.rand(len(logits), 1, generator=generator, device=logits.device) * below[:, -1:]
     return torch.searchsorted(below, at, right=True).squeeze(1).clamp(max=logits.size(1) - 1)
 
@@ -474,7 +471,7 @@ def generate(model, prompts, max_new_tokens, allowed, stop_id=None, temperature=
             open_rows = (new[going] != stop_id).all(dim=1).nonzero().flatten() if stop_id is not None else going
             if len(open_rows) == 0 or t + 1 == max_new_tokens:
                 break
-            if len(open_rows) <= 0.75 * len(going):                                # copying the cache pays
+            if len(open_rows) <= 0.75 * len(going):                                # copying the cache pays; till then ended rows go on, cut below
                 decoder.keep(torch.cat([open_rows, open_rows + len(going)]) if guided else open_rows)
                 going, token = going[open_rows], token[open_rows]
             logits = decoder(torch.cat([token, token])[:, None] if guided else token[:, None])
@@ -804,8 +801,7 @@ def orthogonalize(M, dtype=torch.float32):
     """Matrices M (n, r, c) with every singular value moved near 1 (0.7 to 1.2): roughly U Vᵀ of each M = U S Vᵀ.
 
     Five Newton–Schulz iterations X ← aX + (bA + cA²)X with A = XXᵀ (Keller Jordan, 2024): matrix products alone, in dtype."""
-    X = M.to(dtype)
-    X = X.mT if M.size(1) > M.size(2) else X
+    X = (M.mT if M.size(1) > M.size(2) else M).to(dtype)
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         A = X @ X.mT
@@ -1230,11 +1226,6 @@ class Log:
         if sign and sentence not in self.warned:
             self.warned.add(sentence)
             tqdm.write(f"{self.title}: {sentence}")
-
-    def stop_if_asked(self):
-        """Raise Stopped if a signal came; the step is done and its state saved by now."""
-        if self.stopping:
-            self.close()
 
     def close(self):
         """End the watch over a loop. Raises Stopped for a signal that came after the last step was counted, too."""

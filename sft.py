@@ -77,7 +77,7 @@ TASKS = ("report", "generate", "ask", "segment")
 INSTRUCTIONS = {"report": ("Write the report.", "Describe this image.", "What does this image show?"),
                 "generate": ("Draw this: {}", "Generate an image: {}", "Image of: {}"),
                 "segment": ("Segment the {}.", "Outline the {}.", "Where is the {}?")}
-SPECIALS = ("<eos>", "</image>", "<image>", "<bos>", "<pad>")       # end, image's end and begin (eoi, boi), begin, padding
+SPECIALS = ("<eos>", "</image>", "<image>", "<bos>", "<pad>")       # self.eos, eoi, boi, bos, pad; <eos> first: see text_range
 MAX_TEXT = 128         # tokens of one report, question or answer; longer ones are cut
 
 
@@ -131,10 +131,6 @@ class Vocabulary:
         """Image codes to ids."""
         return [int(c) + self.image_start for c in codes]
 
-    def ids_to_codes(self, ids):
-        """Ids of an image back to codes."""
-        return [i - self.image_start for i in ids]
-
     def report_prompt(self, codes, wording=0):
         """The image and one of three ways to ask for a report."""
         return self.ask_prompt(codes, INSTRUCTIONS["report"][wording])
@@ -172,14 +168,14 @@ class Vocabulary:
     def load(cls, folder):
         """Read what save wrote. Raises UserError."""
         tokenizer = read_tokenizer(folder)
-        if tokenizer.token_to_id("<img_0>") is None:
+        if (first := tokenizer.token_to_id("<img_0>")) is None:
             raise UserError(f"{folder}/tokenizer.json has no image tokens; name a folder that `python sft.py` wrote")
-        return cls(tokenizer, tokenizer.get_vocab_size() - tokenizer.token_to_id("<img_0>"))
+        return cls(tokenizer, tokenizer.get_vocab_size() - first)
 
 
 # ---- The lesson: four ways to use a model --------------------------------------------------------
 
-# Images come as codes, n rows of (N,); options are those of model.py's generate.
+# Images come as codes, n rows of N = grid² each; options are those of model.py's generate.
 
 
 def sample_words(model, vocab, prompts, temperature=0.0, seed=0, **options):
@@ -191,7 +187,7 @@ def sample_words(model, vocab, prompts, temperature=0.0, seed=0, **options):
 def sample_codes(model, vocab, prompts, n_codes, temperature=0.0, seed=0, **options):
     """Continue prompts in codes: n lists of ids to image codes (n, n_codes), long."""
     rows = generate(model, prompts, n_codes, vocab.image_range, temperature=temperature, seed=seed, **options)
-    return torch.tensor([vocab.ids_to_codes(row) for row in rows], device=model.device)
+    return torch.tensor(rows, device=model.device) - vocab.image_start
 
 
 def write_reports(model, vocab, codes, **options):
@@ -212,7 +208,7 @@ def draw_masks(model, vocab, vqgan, codes, structures, **options):
 
 
 def draw_images(model, vocab, vqgan, texts, guidance=1.0, **options):
-    """Report -> image: n strings to images (n, C, H, W) in [-1, 1], each from exactly h·w codes."""
+    """Report -> image: n strings to images (n, C, H, W) in [-1, 1], each from exactly N codes."""
     prompts = [vocab.generate_prompt(t) for t in texts]
     return vqgan.decode(sample_codes(model, vocab, prompts, vqgan.config.grid ** 2, guidance=guidance,
                                      unconditional=[vocab.generate_prompt(None)] * len(texts), **options))
@@ -253,14 +249,13 @@ def encode_records(records, span, vqgan, seed, autocast, title="encoding"):
         batch = [records[i] for i in part]
         images, structures = [r.image for r in batch], []
         for i, record in zip(part, batch):
-            order = np.random.default_rng([seed, 2, i]).permutation(sorted(record.masks))
+            order = np.random.default_rng([seed, 2, i]).permutation(sorted(record.masks))        # 2: no other draw has this number
             structures.append([str(name) for name in order[:MASKS_EACH]])
             images += [record.masks[name] * np.uint8(255) for name in structures[-1]]
         codes = encode_images(images, vqgan, autocast)
         mask_codes = iter(codes[len(batch):])
         for record, image_codes, names in zip(batch, codes, structures):
-            masks = tuple((name, next(mask_codes)) for name in names)
-            studies.append(Study(image_codes, record.text, record.questions, masks, record.findings))
+            studies.append(Study(image_codes, record.text, record.questions, tuple(zip(names, mask_codes)), record.findings))
     return studies
 
 
@@ -332,12 +327,7 @@ def validate(model, studies, tasks, vocab, phrases):
     for task in tasks:
         examples = [make_example(s, task, vocab, rng) for s in studies if task in s.tasks]
         if examples:
-            nats = tokens = 0
-            for i in range(0, len(examples), 64):
-                ids, labels = collate(examples[i:i + 64], vocab.pad, model.device)
-                nats -= sequence_logps(model, ids, labels).sum().item()
-                tokens += (labels != -100).sum().item()
-            result[f"val/loss_{task}"] = nats / tokens
+            result[f"val/loss_{task}"] = response_loss(model, *collate(examples, vocab.pad, model.device)).item()
     result["val/loss"] = sum(result.values()) / len(result)
     known = [s for s in studies if s.findings is not None and "report" in s.tasks and "report" in tasks]
     if known and phrases:
@@ -400,12 +390,12 @@ def train(cfg):
                 best_score = score
                 save_tuned(folder, model, cfg, adapter)
             save(step + 1)
-            log.warn(held_out.get("val/distinct_reports") == 1 < len(val), "every report is the same; it may yet learn to look")
+            log.warn(len(val) > 1 and held_out.get("val/distinct_reports") == 1, "every report is the same; it may yet learn to look")
         elif step % cfg.log_every == 0:
             log(step, ("loss",), loss=loss.detach(), grad_norm=grad_norm, lr=optimizers[-1].param_groups[0]["lr"])
         if log.stopping:
             save(step + 1)
-        log.stop_if_asked()
+            log.close()                                      # raises Stopped
     log.close()
     vocab.save(folder)
     finish_stage(cfg, "sft")

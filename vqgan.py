@@ -385,7 +385,8 @@ def train(cfg):
         log.bar.update()
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stopping:
             save_state(folder, step + 1, [vqgan, disc], [optimizer, d_optimizer], flags=run_flags(cfg))
-        log.stop_if_asked()
+        if log.stopping:
+            log.close()                                      # raises Stopped
     log.close()
     vqgan.save_pretrained(folder)
     finish_stage(cfg, "vqgan")

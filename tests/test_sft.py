@@ -69,11 +69,11 @@ def test_ids_are_text_then_specials_then_image_codes(vocab):
     assert vocab.image_range == (vocab.image_start, vocab.size) == (vocab.size - K, vocab.size)
 
 
-def test_codes_to_ids_and_back(vocab):
+def test_codes_to_ids(vocab):
     codes = np.array([0, 5, K - 1], dtype=np.int16)
     ids = vocab.codes_to_ids(codes)
     assert [vocab.tokenizer.id_to_token(i) for i in ids] == ["<img_0>", "<img_5>", f"<img_{K - 1}>"]
-    assert vocab.ids_to_codes(ids) == [0, 5, K - 1] and all(type(i) is int for i in ids)
+    assert all(type(i) is int for i in ids)
 
 
 @pytest.mark.parametrize("text", ["Small left pleural effusion.", "Ödem, β-Blocker: 5 µg — “ok” 肺", "a  b\nc", ""])
