@@ -20,8 +20,8 @@ import hashlib
 import json
 import os
 import re
-import zlib
 import warnings
+import zlib
 from collections import Counter
 from dataclasses import astuple, dataclass, field, replace
 from functools import lru_cache
@@ -623,7 +623,8 @@ def read_image(path, size, channels, is_mask=False):
     try:
         if path.stat().st_size == 0:
             raise BadRow("the file is empty")
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:        # Pillow's, of odd metadata
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")                                      # Pillow's, of odd metadata
             if image.width * image.height > MAX_PIXELS:
                 raise BadRow(f"{image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} that are read")
             if min(image.size) < MIN_SIDE:
