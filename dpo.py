@@ -848,7 +848,8 @@ def load_sft(cfg, device):
                         "back, or remove both to train them again")
     if not folder.exists():
         tqdm.write(f"{folder} is missing: instruction tuning first")
-        sft_stage.train(config_for(sft_stage.SFTConfig, cfg, **sft_stage.PRESETS[cfg.preset], resume=cfg.resume))
+        sft_stage.train(config_for(sft_stage.SFTConfig, cfg, **sft_stage.PRESETS[cfg.preset], resume=cfg.resume,
+                                   recompute=cfg.recompute, compile=cfg.compile))
     vqgan = load_vqgan(cfg, device)
     model, vocab = load_gpt(folder, vqgan, device)
     check_data(model.config.data, cfg, folder)

@@ -687,7 +687,7 @@ def init_run(cfg):
         device = torch.device(device)
         torch.zeros(1, device=device)
     torch.manual_seed(cfg.seed)
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")     # a CPU's kernels, one a shape: else a gigabyte of them
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")    # a CPU's kernels, one a shape: else a gigabyte of them
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
         torch.cpu.get_capabilities().get("avx512_bf16", False)
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and native
