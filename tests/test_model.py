@@ -649,7 +649,7 @@ def test_a_large_vocabulary_passes_the_head_in_pieces(gpt, monkeypatch):
     assert_close(pieces, whole)
     assert set(sizes) == {128, 256}                      # 256 at a time, the rest filled up
     for p, grad in zip(gpt.parameters(), grads):
-        assert_close(p.grad, grad)
+        assert_close(p.grad, grad, rtol=1e-4, atol=1e-4)
 
 
 def test_recomputing_gives_the_same_gradients_and_keeps_no_activations(gpt):
