@@ -25,7 +25,7 @@ import sample
 import sft
 import vqgan
 from data import Finding, Phantoms
-from tests import bench, captions, compare
+from tests import bench, captions, compare, masks
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / ".github/results/README.md"]
@@ -34,7 +34,7 @@ TODAY = re.sub(r"^## Names then and now\n.*?(?=^## )", "", REPORT, flags=re.M | 
 BOTH = pytest.mark.parametrize("text", [README, TODAY], ids=["README", "lab report"])
 MODULES = {"model.py": model, "data.py": data, "vqgan.py": vqgan, "sft.py": sft, "dpo.py": dpo, "sample.py": sample}
 PROGRAMS = ("vqgan.py", "sft.py", "dpo.py", "sample.py")
-RUNNERS = {"tests.compare": compare, "tests.captions": captions}
+RUNNERS = {"tests.compare": compare, "tests.captions": captions, "tests.masks": masks}
 
 
 def fenced(text, language):
@@ -219,7 +219,8 @@ def test_the_test_command_is_the_one_that_ci_runs():
 @pytest.mark.parametrize("program", [*PROGRAMS, *RUNNERS])
 def test_help_exits_0_and_shows_the_flags(program, parsers, capsys):
     assert accepts(parsers[program], ["--help"])
-    assert re.search(r"--preset.*\n +tiny", capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    assert "--out" in shown and (program == "tests.masks" or re.search(r"--preset.*\n +tiny", shown))
 
 
 def test_the_commands_for_ones_own_images_run(tmp_path, monkeypatch):
@@ -317,6 +318,7 @@ def test_the_tables_of_the_lab_report_are_those_that_the_runners_make():
     assert compare.figures_table(evaluations("quick-seed")) in REPORT
     claims = list(compare.read_results(RESULTS / "claims")[0.9].values())
     assert compare.recipes_table(claims, compare.RECIPES) in REPORT
+    assert masks.table(json.loads((RESULTS / "masks.json").read_text())) in REPORT
     for figures in json.loads((RESULTS / "captioning.json").read_text()).values():
         assert captions.table(figures) in REPORT
 
