@@ -641,11 +641,10 @@ def train(cfg):
         log.count(step, grad_norm)
 
         if step % cfg.log_every == 0 or step + 1 == cfg.steps or norms:
-            logged = {"nll_loss": nll, "rehearsal_loss": rehearsal, **{f"loss_{k}": v for k, v in terms.items()},
-                      **{f"drift/{k}": ratios[k].whole.mean() for k in CHOSEN}, **norms,
-                      **contrast_metrics(ratios, policy_sums, contrasts, cfg)}
             log(step, ("loss", *(f"rewards_{k}/margins" for k in contrasts)), loss=loss, grad_norm=grad_norm,
-                lr=optimizers[-1].param_groups[0]["lr"], **logged)
+                lr=optimizers[-1].param_groups[0]["lr"], nll_loss=nll, rehearsal_loss=rehearsal,
+                **{f"loss_{k}": v for k, v in terms.items()}, **{f"drift/{k}": ratios[k].whole.mean() for k in CHOSEN}, **norms,
+                **contrast_metrics(ratios, policy_sums, contrasts, cfg))
             log.warn(any(masked_mean(c.margin.abs(), c.keep) > 30 for c in contrasts.values()),
                      "margins are over 30: the model is far from its reference; lower --beta or the learning rates")
         log.bar.update()
@@ -720,9 +719,9 @@ def add_proposals(pairs, records, model, vocab, vqgan, cfg, autocast):
                 batch.append((pair, record.masks.get(pair.structure)))
         if not batch:
             continue
-        drawn, _ = draw_masks(model, vocab, vqgan, [p.codes for p, _ in batch for _ in range(k)],
-                              [p.structure for p, _ in batch for _ in range(k)], temperature=cfg.pair_temperature,
-                              seed=cfg.seed + start)
+        drawn = draw_masks(model, vocab, vqgan, [p.codes for p, _ in batch for _ in range(k)],
+                           [p.structure for p, _ in batch for _ in range(k)], temperature=cfg.pair_temperature,
+                           seed=cfg.seed + start)
         codes = encode_images(list(drawn * np.uint8(255)), vqgan, autocast)
         for (pair, true), proposed, pair.proposals in zip(batch, np.split(drawn, len(batch)), np.split(codes, len(batch))):
             agreement = [np.mean([dice(proposed[a], proposed[b]) for b in range(k) if b != a]) for a in range(k)]

@@ -475,7 +475,7 @@ def generate(model, prompts, max_new_tokens, allowed, stop_id=None, temperature=
             open_rows = (new[going] != stop_id).all(dim=1).nonzero().flatten() if stop_id is not None else going
             if len(open_rows) == 0 or t + 1 == max_new_tokens:
                 break
-            if len(open_rows) <= 0.75 * len(going):                                # copying the cache pays; till then ended rows go on, cut below
+            if len(open_rows) <= 0.75 * len(going):                                # copying pays; till then ended rows go on
                 decoder.keep(torch.cat([open_rows, open_rows + len(going)]) if guided else open_rows)
                 going, token = going[open_rows], token[open_rows]
             logits = decoder(torch.cat([token, token])[:, None] if guided else token[:, None])

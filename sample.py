@@ -303,7 +303,7 @@ def evaluate_masks(model, vocab, vqgan, bench):
     have = [i for i, c in enumerate(chosen) if c]
     if not have:
         return {}
-    drawn, _ = draw_masks(model, vocab, vqgan, [bench.codes[i] for i in have], [chosen[i] for i in have])
+    drawn = draw_masks(model, vocab, vqgan, [bench.codes[i] for i in have], [chosen[i] for i in have])
     value, area = np.zeros((2, len(chosen)))
     for i, mask in zip(have, drawn):
         true = bench.records[i].masks[chosen[i]]
@@ -747,7 +747,7 @@ def answer_user(cfg):
             drawn = draw_images(model, vocab, vqgan, [" ".join(words)] * cfg.count, cfg.guidance, **options)
             tiles = [tile(x, 256) for x in drawn]
         elif command == "segment":
-            mask = draw_masks(model, vocab, vqgan, codes, words[1:])[0][0]
+            mask = draw_masks(model, vocab, vqgan, codes, words[1:])[0]
             tiles = [Image.fromarray(pixels).convert("RGB").resize((256, 256)) for pixels in (images[0], mask)]
         elif command == "report":
             said = write_reports(model, vocab, codes, **options)

@@ -201,10 +201,10 @@ def write_answers(model, vocab, codes, questions, **options):
 
 
 def draw_masks(model, vocab, vqgan, codes, structures, **options):
-    """Image and structure -> mask, one structure an image: masks (n, H, W), bool, and the codes drawn (n, N)."""
+    """Image and structure -> mask, one structure an image: masks (n, H, W), bool."""
     prompts = [vocab.segment_prompt(c, s) for c, s in zip(codes, structures)]
     drawn = sample_codes(model, vocab, prompts, vqgan.config.grid ** 2, **options)
-    return (vqgan.decode(drawn).mean(dim=1) > 0).cpu().numpy(), drawn.cpu().numpy().astype(np.int16)
+    return (vqgan.decode(drawn).mean(dim=1) > 0).cpu().numpy()
 
 
 def draw_images(model, vocab, vqgan, texts, guidance=1.0, **options):

@@ -60,7 +60,7 @@ def dice_of(cfg):
         for ours, theirs in zip(gpt.parameters(), parameters or ()):
             ours.data.copy_(theirs.data)
         with autocast():
-            drawn, _ = sft.draw_masks(gpt.eval(), vocab, tokenizer, codes, asked)
+            drawn = sft.draw_masks(gpt.eval(), vocab, tokenizer, codes, asked)
         return np.array([sft.dice(mask, r.masks[name]) for mask, r, name in zip(drawn, records, asked)])
     return measure
 

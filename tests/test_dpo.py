@@ -570,7 +570,7 @@ def test_proposals_are_scored_by_each_other_and_by_the_truth(monkeypatch):
     records = [replace(Phantoms("train", 1)[0], masks={}), replace(Phantoms("train", 1)[0], masks={"heart": truth}, modality="MRI")]
     drawn, codes, asked = np.stack([wrong, truth, wrong]), np.arange(12).reshape(3, 4), []
     monkeypatch.setattr(dpo, "draw_masks", lambda model, vocab, vqgan, codes, structures, **options: asked.append(
-        (np.stack(codes).tolist(), structures, options["temperature"])) or (drawn, None))
+        (np.stack(codes).tolist(), structures, options["temperature"])) or drawn)
     monkeypatch.setattr(dpo, "encode_images", lambda images, *a: codes if np.array_equal(images, drawn * np.uint8(255)) else None)
     pairs, cfg = without_masks(make_pairs()), config("rndpo")
     dpo.add_proposals(pairs, records, None, VOCAB, None, cfg, None)
@@ -585,7 +585,7 @@ def test_images_without_masks_are_asked_for_what_all_others_of_their_kind_show(m
     record, truth = Phantoms("train", 1)[0], np.ones((8, 8), bool)
     records = [replace(record, masks={}), *(replace(record, masks=dict.fromkeys(names, truth)) for names in (("heart", "effusion"), ("heart",))),
                replace(record, masks={"ventricles": truth}, modality="head CT")]
-    monkeypatch.setattr(dpo, "draw_masks", lambda model, vocab, vqgan, codes, *a, **options: (np.ones((len(codes), 8, 8), bool), None))
+    monkeypatch.setattr(dpo, "draw_masks", lambda model, vocab, vqgan, codes, *a, **options: np.ones((len(codes), 8, 8), bool))
     monkeypatch.setattr(dpo, "encode_images", lambda images, *a: np.arange(4 * len(images)).reshape(-1, 4))
     pairs = without_masks(make_pairs())[:1]
     dpo.add_proposals(pairs, records, None, VOCAB, None, config("rndpo"), None)

@@ -155,8 +155,8 @@ def test_dice_is_told_of_all_of_large_and_of_each_structure(monkeypatch):
     heart[:5], nodule[0, 0] = True, True
     records = [replace(record(), masks=m) for m in ({"heart": heart}, {}, {"nodule": nodule})]
     bench = SimpleNamespace(records=records, codes=range(3), bootstrap=sample.Bootstrap(3, 50), cfg=sample.SampleConfig())
-    drawn = lambda model, vocab, vqgan, codes, structures: (
-        np.stack([heart if s == "heart" else np.roll(nodule, 1) for s in structures]), np.array(codes))
+    drawn = lambda model, vocab, vqgan, codes, structures: np.stack(
+        [heart if s == "heart" else np.roll(nodule, 1) for s in structures])
     monkeypatch.setattr(sample, "draw_masks", drawn)
     found = sample.evaluate_masks(None, None, None, bench)
     assert {k: (m.value, m.n) for k, m in found.items()} == {

@@ -196,11 +196,10 @@ def test_each_image_has_its_own_question(asked):
 def test_a_mask_is_exactly_the_codes_of_an_image_and_white_where_it_is(asked):
     drawn = [[8, 0, 0, 9], [0, 15, 0, 0]]
     asked.answers = [VOCAB.codes_to_ids(row) for row in drawn]
-    masks, codes = sft.draw_masks(asked.model, VOCAB, PLAIN, CODES, ["heart", "left lung"], temperature=1.0, seed=4)
+    masks = sft.draw_masks(asked.model, VOCAB, PLAIN, CODES, ["heart", "left lung"], temperature=1.0, seed=4)
     assert asked.prompts == [VOCAB.segment_prompt(c, s) for c, s in zip(CODES, ("heart", "left lung"))]
     assert (asked.allowed, asked.stop_id, asked.max_new_tokens) == (VOCAB.image_range, None, 4)
     assert (asked.temperature, asked.seed) == (1.0, 4)
-    assert codes.tolist() == drawn and codes.dtype == np.int16
     assert masks.tolist() == [[[True, False], [False, True]], [[False, True], [False, False]]] and masks.dtype == bool
 
 
