@@ -623,8 +623,7 @@ def read_image(path, size, channels, is_mask=False):
     try:
         if path.stat().st_size == 0:
             raise BadRow("the file is empty")
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")                                      # Pillow's, of odd metadata
+        with warnings.catch_warnings(record=True), Image.open(path) as image:      # hides Pillow's, of odd metadata
             if image.width * image.height > MAX_PIXELS:
                 raise BadRow(f"{image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} that are read")
             if min(image.size) < MIN_SIDE:

@@ -707,7 +707,7 @@ def add_entropy(pairs, model, vocab, cfg, phrases):
 def add_proposals(pairs, records, model, vocab, vqgan, cfg, autocast):
     """For each pair: k masks of one structure that the SFT model draws, and their scores.
 
-    The structure is one of the record's masks; where it has none, one that all other records of its modality have. The codes
+    The structure is one of the record's masks; if it has none, one that all of its modality with masks have. The codes
     are those of the masks themselves, as two of the codes drawn may look the same."""
     k, common = cfg.proposals, common_structures(records)
     for start in tqdm(range(0, len(pairs), 64), desc="mask proposals", unit="batch", leave=False):
@@ -795,7 +795,7 @@ def add_missing(pairs, cfg, records, phrases, model, vocab, vqgan, autocast):
 
     Raises UserError where masks are needed and no record has any."""
     contrasts = contrasts_of(cfg)
-    writers = {*cfg.rejected, "distorted", *(("habit", "no-question") if "language" in contrasts else ())} - pairs[0].reports.keys()
+    writers = {*cfg.rejected, "distorted", *(("habit", "no-question") if cfg.objective == "napo" else ())} - pairs[0].reports.keys()
     for writer in sorted(writers):
         for pair, text in zip(pairs, sample_reports(pairs, writer, model, vocab, cfg, cfg.seed)):
             pair.reports[writer] = text

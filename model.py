@@ -83,7 +83,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions, head_dim, theta):
-    """cos and sin (negative in the first half), each (B, 1, T, head_dim), of the RoPE angles at integer positions (B, T)."""
+    """[cos, cos] and [−sin, sin], each (B, 1, T, head_dim), of the RoPE angles at integer positions (B, T)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
     angle = positions[:, None, :, None].float() * frequency      # (B, 1, T, head_dim/2)
     cos, sin = angle.cos(), angle.sin()
@@ -127,7 +127,7 @@ class Attention(nn.Module):
         if self.groups > 1:
             k, v = (y.repeat_interleave(self.groups, dim=1) for y in (k, v))  # nkv -> nh
         if x.is_cuda:
-            mask = mask if mask is None else mask.to(q.dtype)
+            mask = None if mask is None else mask.to(q.dtype)
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=1.0)
         else:                             # written out: SDPA's backward is slow on CPUs (tests/bench.py)
             mask = causal_mask(T, x.device) if mask is None else mask

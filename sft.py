@@ -77,7 +77,7 @@ TASKS = ("report", "generate", "ask", "segment")
 INSTRUCTIONS = {"report": ("Write the report.", "Describe this image.", "What does this image show?"),
                 "generate": ("Draw this: {}", "Generate an image: {}", "Image of: {}"),
                 "segment": ("Segment the {}.", "Outline the {}.", "Where is the {}?")}
-SPECIALS = ("<eos>", "</image>", "<image>", "<bos>", "<pad>")       # self.eos, eoi, boi, bos, pad; <eos> first: see text_range
+SPECIALS = ("<eos>", "</image>", "<image>", "<bos>", "<pad>")       # eos, eoi, boi, bos, pad below; <eos> first: see text_range
 MAX_TEXT = 128         # tokens of one report, question or answer; longer ones are cut
 
 

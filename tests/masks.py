@@ -1,12 +1,12 @@
 """Masks learned from few: the model draws more itself, a judge that errs ranks them, and RN-DPO or plain DPO prefers.
 
-    python -m tests.masks --out out-masks                             three seeds, half an hour on two cores; goes on where it stopped
+    python -m tests.masks --out out-masks                             three seeds, half an hour on two cores; skips seeds that are done
     python -m tests.masks --table --results .github/results           the lab report's table, from masks.json
 
 This is the setting of RN-DPO (arXiv:2601.23222) at `--preset quick`: of 3,000 training phantoms 200 have masks, for
 instruction tuning and rehearsal alike; proposals are drawn of all. Every run has the mask term alone (λ_s = 0) and the same
 rehearsal, which is all that the control does: more SFT on the labelled few. Margins of plain DPO are sums over all codes;
-its β is RN-DPO's divided by the mean number of codes that differ, so that both start equally strong. Dice is measured every
+its β is RN-DPO's divided by the mean number of codes that differ (top-bottom, judge 0): about equal strength. Dice is measured every
 25 steps, on test phantoms of seed 7."""
 
 import argparse
