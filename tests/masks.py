@@ -5,13 +5,14 @@
 
 This is the setting of RN-DPO (arXiv:2601.23222) at `--preset quick`: of 3,000 training phantoms 200 have masks, for
 instruction tuning and rehearsal alike; proposals are drawn of all. Every run has the mask term alone (λ_s = 0) and the same
-rehearsal, which is all that the control does: more SFT on the labelled few. Margins of plain DPO are sums over all codes;
-its β is RN-DPO's divided by the mean number of codes that differ (top-bottom, judge 0): about equal strength. Dice is measured every
-25 steps, on test phantoms of seed 7."""
+rehearsal. The two controls: that rehearsal alone, more SFT on the labelled few ("control"); and plain SFT on the proposals that
+the judge ranks first ("sft"). Margins of plain DPO are sums over all codes; its β is RN-DPO's divided by the mean number of codes
+in which the pairs' masks differ: about equal strength. Dice is measured every 25 steps, on test phantoms of seed 7."""
 
 import argparse
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
@@ -25,10 +26,13 @@ from tests.compare import is_sure, markdown, write_results
 from vqgan import encode_images
 
 LABELLED, STEPS, EVERY, BETA = 200, 150, 25, 5.0
-RECIPES = {"control": "--objective sft"} | {
-    f"{loss}, {mining}, judge {noise:g}": f"--mining {mining} --judge-noise {noise} --objective rndpo " + flags
+SFT_FLAGS = "--report-share 0.3 --generate-share 0.1 --ask-share 0.1 --segment-share 0.5"      # else 200 masks are hardly learnt
+RECIPES = {"control": "--objective sft --sft-weight 0"} | {
+    f"{loss}, {mining}, judge {noise:g}": f"--mining {mining} --judge-noise {noise} {flags}"
     for mining in ("top-bottom", "random") for noise in (0.0, 0.2, 0.4)
-    for loss, flags in (("rndpo", f"--beta {BETA}"), ("dpo", "--no-normalise --beta {matched}"))}
+    for loss, flags in (("rndpo", f"--objective rndpo --sft-weight 0 --beta {BETA}"),
+                        ("dpo", "--objective rndpo --sft-weight 0 --no-normalise --beta {matched}"),
+                        ("sft", "--objective sft --sft-weight 1")) if (loss, mining) != ("sft", "random")}
 
 
 def write_folder(folder, seed, size, sizes=(("train", 3000), ("validation", 300), ("test", 1000))):
@@ -66,23 +70,25 @@ def dice_of(cfg):
 
 
 def train_measured(flags, measure):
-    """Run dpo.py; {step: Dice (n,)} at every saved state."""
-    found, save_state = {}, dpo.save_state
+    """Run dpo.py with chosen masks in place of chosen reports and images; {step: Dice (n,)} at every saved state."""
+    found, save_state, chosen = {}, dpo.save_state, ("mask_chosen",)
 
     def save_and_measure(folder, step, models, *args, **progress):
         save_state(folder, step, models, *args, **progress)
         found[step] = measure(models[0])
 
-    dpo.save_state = save_and_measure
-    try:
+    with patch.multiple(dpo, save_state=save_and_measure, CHOSEN=chosen, chosen_of=lambda cfg: chosen):
         dpo.main(flags)
-    finally:
-        dpo.save_state = save_state
     return found
 
 
+def config_of(flags):
+    """The DPOConfig that dpo.py makes of these flags."""
+    return cli(dpo.DPOConfig, dpo.PRESETS, flags, None, ("objective", dpo.OBJECTIVE_DEFAULTS))
+
+
 def mean_omega(cfg):
-    """In how many codes a pair's two masks differ, on average, where they do."""
+    """In how many codes the two masks of a recipe's pairs differ, on average, where they do."""
     pairs = dpo.read_pairs(Path(cfg.out) / "pairs", 2 ** 15)
     dpo.set_responses(pairs, cfg)
     differing = [(p.masks[0] != p.masks[1]).sum() for p in pairs]
@@ -96,23 +102,24 @@ def run_seed(out, seed):
         write_folder(out / f"phantoms{seed}.partial", seed, size)
         (out / f"phantoms{seed}.partial").rename(data)
     flags = ["--preset", "quick", "--seed", str(seed), "--data", str(data), "--out", str(out / f"seed{seed}")]
-    steps = ["--steps", str(STEPS), "--save-every", str(EVERY), "--distort", "other", "--candidates", "1",
-             "--image-weight", "0", "--sft-weight", "0"]
-    cfg = cli(dpo.DPOConfig, dpo.PRESETS, [*flags, *steps, "--objective", "rndpo"], None, ("objective", dpo.OBJECTIVE_DEFAULTS))
-    measure = dice_of(cfg)
+    if not (out / f"seed{seed}" / "sft").exists():
+        sft.main([*flags, *SFT_FLAGS.split(), "--resume"])
+    flags += ["--steps", str(STEPS), "--save-every", str(EVERY), "--distort", "other", "--candidates", "1", "--image-weight", "0"]
+    measure = dice_of(config_of(flags))
     dice, bootstrap = {"sft": {0: measure()}}, sample.Bootstrap(1000, 1000)
     results = {"sft": {"dice": {"0": round(float(dice["sft"][0].mean()), 4)}}}
-    for name, recipe in RECIPES.items():
+    for number, (name, recipe) in enumerate(RECIPES.items()):
+        results[name] = {}
         if "{matched}" in recipe:
-            results["omega"] = mean_omega(cfg)
-            recipe = recipe.format(matched=round(BETA / results["omega"], 3))
-        found = train_measured([*flags, *steps, *recipe.split(), "--name", name.replace(", ", "-").replace(" ", "").replace(".", "")
-                                if name != "control" else name], measure)
-        dice[name] = found
+            results[name]["omega"] = omega = mean_omega(config_of([*flags, *recipe.format(matched=BETA).split()]))
+            recipe = recipe.format(matched=round(BETA / omega, 3))
+        dice[name] = found = train_measured([*flags, *recipe.split(), "--name", f"recipe{number}" if number else "control"], measure)
         last = bootstrap(found[STEPS])
         against = lambda other: sample.difference({"dice": last}, {"dice": bootstrap(other)})["dice"]
-        results[name] = {"dice": {str(s): round(float(d.mean()), 4) for s, d in found.items()},
-                         "to_start": against(dice["sft"][0]), "to_control": against(dice["control"][STEPS])}
+        results[name] |= {"dice": {str(s): round(float(d.mean()), 4) for s, d in found.items()},
+                          "to_start": against(dice["sft"][0]), "to_control": against(dice["control"][STEPS])}
+        if (same := f"rndpo, {name.partition(', ')[2]}") in RECIPES:        # of the same mining and judge
+            results[name]["to_rndpo"] = against(dice[same][STEPS])
     return results
 
 
@@ -121,9 +128,11 @@ def table(found):
     curve = lambda name, pick: np.mean([pick(list(u[name]["dice"].values())) for u in found.values()])
     bold = lambda d: "**" if is_sure(d) else ""
     show = lambda name, key: " ".join(f"{bold(d)}{d['value']:+.3f}{bold(d)}" for d in (u[name][key] for u in found.values()))
-    rows = [[name, *(f"{curve(name, pick):.3f}" for pick in (max, lambda d: d[-1], lambda d: max(d) - d[-1])),
-             show(name, "to_start"), show(name, "to_control") if name != "control" else "-"] for name in RECIPES]
-    return markdown(["mask term", "best", "last", "best − last", "last − SFT model, by seed", "last − control, by seed"], rows, n_left=2)
+    rows = [[name, *(f"{curve(name, pick):.3f}" for pick in (max, lambda d: d[-1], lambda d: max(d) - d[-1])), show(name, "to_start"),
+             show(name, "to_control") if name != "control" else "-",
+             show(name, "to_rndpo") if name.startswith(("dpo", "sft")) else "-"] for name in RECIPES]
+    return markdown(["recipe", "best", "last", "best − last", "last − SFT model, by seed", "last − control, by seed",
+                     "last − rndpo's, by seed"], rows, n_left=3)
 
 
 def main(argv=None):
@@ -141,10 +150,10 @@ def main(argv=None):
             found[str(seed)] = run_seed(cfg.out, seed)
             write_results(path, found)
     print(table(found))
-    omega = [u["omega"] for u in found.values()]
+    omega = [u[name]["omega"] for u in found.values() for name in RECIPES if "omega" in u[name]]
     starts = [u["sft"]["dice"]["0"] for u in found.values()]
     print(f"\nSFT model {np.mean(starts):.3f} ({' '.join(f'{d:.3f}' for d in starts)}); codes that differ in a pair of masks: "
-          + " ".join(f"{n:.1f}" for n in omega))
+          + f"{min(omega):.1f} to {max(omega):.1f}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import pytest
 
 import dpo
 from data import Phantoms, names_and_sides, read_folder
-from model import cli
 from tests import masks
 
 
@@ -22,19 +21,33 @@ def test_the_folder_holds_the_phantoms_and_masks_of_the_first_alone(tmp_path, mo
 
 
 @pytest.mark.parametrize("name", masks.RECIPES)
-def test_every_recipe_has_the_mask_term_alone(name):
-    flags = ["--image-weight", "0", "--sft-weight", "0", *masks.RECIPES[name].format(matched=0.5).split()]
-    cfg = cli(dpo.DPOConfig, dpo.PRESETS, flags, None, ("objective", dpo.OBJECTIVE_DEFAULTS))
-    terms = {} if cfg.objective == "sft" else {"mask": cfg.mask_weight, "image": cfg.image_weight}
-    assert terms in ({}, {"mask": 1.0, "image": 0}) and cfg.sft_weight == 0 and cfg.rehearsal_weight == 1
-    assert cfg.normalise == name.startswith("rndpo")
+def test_every_recipe_has_the_mask_term_alone_or_sft_on_masks(name):
+    cfg = masks.config_of(["--image-weight", "0", *masks.RECIPES[name].format(matched=0.5).split()])
+    loss = name.split(",")[0]
+    assert cfg.objective == ("rndpo" if loss in ("rndpo", "dpo") else "sft") and cfg.rehearsal_weight == 1
+    assert (cfg.mask_weight, cfg.image_weight, cfg.sft_weight) == (1, 0, loss == "sft")
+    assert loss == "control" or f"{loss}, {cfg.mining}, judge {cfg.judge_noise:g}" == name
+    assert cfg.normalise == (loss == "rndpo") and cfg.beta == (0.5 if loss == "dpo" else 5 if loss == "rndpo" else cfg.beta)
+
+
+def test_a_run_learns_from_the_masks_that_the_judge_ranks_first(tmp_path, monkeypatch):
+    flags = ["--preset", "tiny", "--out", str(tmp_path), "--steps", "2", "--save-every", "1", "--objective"]
+    trained, sequences_of = [], dpo.sequences_of
+    monkeypatch.setattr(dpo, "sequences_of", lambda cfg: trained.append(sequences_of(cfg)) or trained[-1])
+    measured = [masks.train_measured([*flags, *recipe.split(), "--name", name], lambda model: sum(p.sum().item() for p in model.parameters()))
+                for name, recipe in (("a", "rndpo --image-weight 0 --sft-weight 0"), ("b", "sft --sft-weight 1"))]
+    assert [list(found) for found in measured] == [[1, 2], [1, 2]] and measured[0] != measured[1]
+    assert trained[1] == ("mask_chosen",) and "text_chosen" not in trained[0]
+    assert dpo.CHOSEN == ("text_chosen", "image_chosen")                           # as before
+    assert masks.mean_omega(masks.config_of([*flags, "rndpo"])) > 0
 
 
 def test_the_table_by_hand():
     d = lambda value, low, high: {"value": value, "low": low, "high": high}
-    units = {s: {name: {"dice": {"25": 0.7 + s / 10, "150": 0.6}, "to_start": d(-0.1, -0.2, -0.05), "to_control": d(0.1, -0.1, 0.2)}
-                 for name in masks.RECIPES} for s in (0, 1)}
+    units = {s: {name: {"dice": {"25": 0.7 + s / 10, "150": 0.6}, "to_start": d(-0.1, -0.2, -0.05), "to_control": d(0.1, -0.1, 0.2),
+                        "to_rndpo": d(0.2, 0.1, 0.3)} for name in masks.RECIPES} for s in (0, 1)}
     lines = masks.table(units).splitlines()
     assert len(lines) == 2 + len(masks.RECIPES)
-    assert lines[2] == "| control | 0.750 | 0.600 | 0.150 | **-0.100** **-0.100** | - |"
-    assert lines[3].endswith("| 0.750 | 0.600 | 0.150 | **-0.100** **-0.100** | +0.100 +0.100 |")
+    assert lines[2] == "| control | 0.750 | 0.600 | 0.150 | **-0.100** **-0.100** | - | - |"
+    assert lines[3].endswith("| 0.750 | 0.600 | 0.150 | **-0.100** **-0.100** | +0.100 +0.100 | - |") and lines[3].startswith("| rndpo")
+    assert lines[4].endswith("| +0.100 +0.100 | **+0.200** **+0.200** |") and lines[4].startswith("| dpo")
