@@ -26,15 +26,14 @@ and the objectives are sums of them, each term with its weight λ:
 
     dpo     text
     mdpo    text + text_given + anchor
-    mfpo    mdpo's sum, from easy pairs to hard (arXiv:2410.15334); the paper also distorts m' in the key region alone,
-            which is --distort region-noise
+    mfpo    mdpo's sum, from easy pairs to hard (arXiv:2410.15334; its m', distorted in the key region: --distort region-noise)
     napo    text + language + vision
     rndpo   mask + image, margins over the codes alone in which the two differ, per code (arXiv:2601.23222)
     bidpo   the six of the table + anchor
     sft     none: the control
 
 To every one the loop adds λ_s · NLL(chosen) + λ_r · NLL(rehearsal), per token: plain SFT on the chosen report, image and
-(bidpo and the control) answer, and on questions, masks and emptied prompts, which pairs would let fade. Of bidpo's paper, doi
+(bidpo and the control) answer, and on questions, masks and emptied prompts, which pairs alone let fade. Of bidpo's paper, doi
 10.1109/JBHI.2026.3707092, only the abstract is public: text and image follow it, the others are ours (weights of 0 for
 them: the strict reading). rndpo is our reading of an abstract.
 
@@ -102,10 +101,9 @@ class DPOConfig(TuneConfig):
     proposals: int = arg(4, "rndpo: masks that the SFT model draws of one structure; the judge ranks them by their "
                          "Dice with each other", least=2)
     judge_noise: float = arg(0.0, "rndpo: share of the judge's comparisons that come out wrong", most=1)
-    mining: str = arg("top-bottom", "rndpo: best against worst proposal, or a random two",
-                      choices=("top-bottom", "random"))
+    mining: str = arg("top-bottom", "rndpo: best against worst proposal, or a random two", choices=("top-bottom", "random"))
     normalise: bool = arg(False, "take image and mask margins over the codes that differ, per code (rndpo: on)")
-    beta: float = arg(0.5, "preference strength β, per nat (dpo, mdpo, mfpo, napo: 0.1; rndpo: 5)")
+    beta: float = arg(0.5, "preference strength β, per nat (dpo, mdpo, mfpo, napo: 0.1; rndpo: 5)", least=1e-6)
     text_weight: float = arg(0.5, "λ of text (dpo, mdpo, mfpo: 1; napo: 0.04)")
     image_weight: float = arg(0.1, "λ of image")
     text_given_weight: float = arg(2.0, "λ of text_given (mdpo, mfpo: 1)")
@@ -214,7 +212,7 @@ class Sums(NamedTuple):
 class Contrast(NamedTuple):
     """How much a batch of pairs prefers the chosen to the rejected sequence, (B,) each."""
 
-    margin: torch.Tensor         # r(chosen) − r(rejected), r = β·(log π_θ − log π_ref); with cfg.normalise over Ω, per code
+    margin: torch.Tensor         # r(chosen) − r(rejected), r = β·(log π_θ − log π_ref); with --normalise see make_contrast
     mean_log_ratio: torch.Tensor # log-ratio per token, chosen less rejected, for noise_q
     keep: torch.Tensor           # 1 where the two differ, so that the pair counts, else 0
 
@@ -255,7 +253,7 @@ def masked_mean(values, keep):
 
 
 def noise_q(log_ratios, keep, alpha, cfg):
-    """NaPO's q of a batch, from log-ratios (B,) of chosen less rejected: near 0 they suggest noise, so q nears 1, a bounded
+    """NaPO's q, from log-ratios (B,) of chosen less rejected: near 0 or below they suggest noise, so q nears 1, a bounded
     loss. No gradient passes."""
     return (2 * (1 - torch.sigmoid(alpha * masked_mean(log_ratios, keep).detach()))).clamp(cfg.q_min, cfg.q_max)
 
@@ -297,16 +295,11 @@ def rndpo_loss(contrasts, rewards, cfg):
     return {"mask": preference_loss(contrasts["mask"]), "image": preference_loss(contrasts["image"])}
 
 
-def no_loss(contrasts, rewards, cfg):
-    """The control: no preference."""
-    return {}
-
-
 # objective: its function and the contrasts it needs
 OBJECTIVES = {"dpo": (dpo_loss, ("text",)), "bidpo": (bidpo_loss, BOTH_WAYS),
               "mdpo": (mdpo_loss, ("text", "text_given")), "mfpo": (mdpo_loss, ("text", "text_given")),
               "napo": (napo_loss, ("text", "language", "vision")), "rndpo": (rndpo_loss, ("mask", "image")),
-              "sft": (no_loss, ())}
+              "sft": (lambda contrasts, rewards, cfg: {}, ())}            # the control: no preference
 
 
 def contrasts_of(cfg):
@@ -354,8 +347,8 @@ def beginning(report):
 
 # What the SFT model is shown when it writes a rejected report, what it is asked, and how the report already begins. Without
 # the image it can only follow the habits of language, without the question only what it likes to say of images (NaPO's two
-# biases). "Without the image": the image scrambled (given none at all, which it has never met, the model writes scrambled
-# words), and the report forced past its first finding, as the request alone suggests none.
+# biases). "Without the image": the image scrambled (given none at all, which it has never met, the model writes gibberish),
+# and the report forced past its first finding, as the request alone suggests none.
 REQUEST = INSTRUCTIONS["report"][0]
 WRITERS = {"distorted": lambda p: (p.distorted, REQUEST, ""),
            "own": lambda p: (p.codes, REQUEST, ""),
@@ -365,7 +358,7 @@ WRITERS = {"distorted": lambda p: (p.distorted, REQUEST, ""),
 
 def twins_of(record, index, records, cfg, region):
     """The different ones among cfg.candidates twins of record `index`, of one kind, drawn from (seed, index): a list of Twin."""
-    rng, twins = np.random.default_rng([cfg.seed, 5, index]), {}        # 5: no other draw of a run has this number
+    rng, twins = np.random.default_rng([cfg.seed, 5, index]), {}        # 5: apart from the other draws
     kind = cfg.distort[rng.integers(len(cfg.distort))]      # one a record, else least_noticed would favour one
     once = region and cache(lambda: region(record))         # it takes some twenty passes of the model
     for _ in range(cfg.candidates):
@@ -402,8 +395,7 @@ def build_pairs(records, studies, cfg, vqgan, region, autocast):
     pairs, dropped = sum(parts, []), sum(causes, Counter())            # adding Counters drops causes of count 0
     counts = ", ".join(f"{c} {why}" for why, c in dropped.items())
     if not pairs:
-        raise UserError(f"no usable preference pair: dropped {counts or 'nothing, there are no records'}; try another "
-                        "--distort")
+        raise UserError(f"no usable preference pair: dropped {counts}; try another --distort")
     tqdm.write(count_kinds(pairs) + (f"; dropped {counts}" if counts else ""))
     return pairs
 
@@ -575,10 +567,9 @@ def gradient_norms(losses, parameters, cfg):
     """Norm of the gradient of each loss times its weight, {"grad/NAME": norm}: who pulls how hard."""
     norms = {}
     for name, loss in losses.items():
-        grads = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
-        grads = [g for g in grads if g is not None]
+        grads = torch.autograd.grad(loss, list(parameters), retain_graph=True, materialize_grads=True)
         sum_over_processes(grads)
-        norms[f"grad/{name}"] = getattr(cfg, f"{name}_weight") * torch.stack([g.norm() for g in grads]).norm()
+        norms[f"grad/{name}"] = getattr(cfg, f"{name}_weight") * torch.nn.utils.get_total_norm(grads)
     return norms
 
 
@@ -666,7 +657,7 @@ def train(cfg):
 def key_region(record, model, vocab, vqgan, autocast):
     """Where the report comes from: a mask (H, W), for records whose findings have none. Our choice:
 
-    the image is cut into 4x4 blocks, the codes of one after the other replaced by those of noise; the
+    the image is cut into 16 blocks, the codes of one after the other replaced by those of noise; the
     region is the blocks that cost log π(report) at least half of what the costliest does. None if none costs."""
     drowned = add_noise(record.image, np.random.default_rng(0), 1000)
     codes, noise = encode_images([record.image, drowned], vqgan, autocast)
@@ -681,12 +672,10 @@ def key_region(record, model, vocab, vqgan, autocast):
     return np.isin(blocks(h, w), np.flatnonzero(cost >= cost.max() / 2)) if cost.max() > 0 else None
 
 
-def add_questions(pairs, studies, model, vocab, cfg, autocast):
+def add_questions(pairs, studies, model, vocab, autocast):
     """For pairs without one, a question of the record's own to which the SFT model answers otherwise when shown the twin."""
-    asked = []                                                # (pair, question, true answer)
-    for pair in pairs:
-        if not pair.question and (questions := studies[pair.index].questions):
-            asked.append((pair, *questions[pair.index % len(questions)]))
+    asked = [(pair, *questions[pair.index % len(questions)]) for pair in pairs           # (pair, question, true answer)
+             if not pair.question and (questions := studies[pair.index].questions)]
     with autocast():
         genuine = sample_words(model, vocab, [vocab.ask_prompt(pair.codes, question) for pair, question, _ in asked])
         twin = sample_words(model, vocab, [vocab.ask_prompt(pair.distorted, question) for pair, question, _ in asked])
@@ -794,16 +783,13 @@ def add_missing(pairs, cfg, records, phrases, model, vocab, vqgan, autocast):
     """Add to pairs what the objective needs and they lack: reports, entropy, masks; whether anything was added.
 
     Raises UserError where masks are needed and no record has any."""
-    contrasts = contrasts_of(cfg)
     writers = {*cfg.rejected, "distorted", *(("habit", "no-question") if cfg.objective == "napo" else ())} - pairs[0].reports.keys()
     for writer in sorted(writers):
         for pair, text in zip(pairs, sample_reports(pairs, writer, model, vocab, cfg, cfg.seed)):
             pair.reports[writer] = text
-    needs_entropy = cfg.curriculum in ("easy-first", "hard-first") and pairs[0].entropy is None
-    if needs_entropy:
+    if needs_entropy := cfg.curriculum in ("easy-first", "hard-first") and pairs[0].entropy is None:
         add_entropy(pairs, model, vocab, cfg, phrases)
-    needs_masks = "mask" in contrasts and not any(p.structure for p in pairs)
-    if needs_masks:
+    if needs_masks := "mask" in contrasts_of(cfg) and not any(p.structure for p in pairs):
         add_proposals(pairs, records, model, vocab, vqgan, cfg, autocast)
         if not any(p.structure for p in pairs):
             raise UserError(f"--objective {cfg.objective} compares masks, and no training record has any: add "
@@ -814,9 +800,8 @@ def add_missing(pairs, cfg, records, phrases, model, vocab, vqgan, autocast):
 def load_or_build_pairs(cfg, records, studies, phrases, vqgan, model, vocab, autocast):
     """The pairs of this recipe, from out/pairs if it was made by the same one; what is missing there is added."""
     folder = Path(cfg.out) / "pairs"
-    flags = ("seed", "records", "pairs", "candidates", "strength", "pair_temperature", "entropy_samples", "proposals")
-    recipe = {k: getattr(cfg, k) for k in flags}
-    recipe |= {"data": fingerprint(records), "distort": list(cfg.distort), "sft": weights_hash(model)}
+    flags = ("seed", "records", "pairs", "distort", "candidates", "strength", "pair_temperature", "entropy_samples", "proposals")
+    recipe = {k: run_flags(cfg)[k] for k in flags} | {"data": fingerprint(records), "sft": weights_hash(model)}
     made = read_json(folder / "config.json") == recipe
     if found := made and read_pairs(folder, vqgan.config.codebook_size):
         pairs = found
@@ -825,13 +810,12 @@ def load_or_build_pairs(cfg, records, studies, phrases, vqgan, model, vocab, aut
         if folder.exists() and not made:
             tqdm.write(f"{folder} was made with other flags or another SFT model: building it anew; what was trained on the "
                        "old pairs stays as it is")
-        region = lambda record: key_region(record, model, vocab, vqgan, autocast)
-        pairs = build_pairs(records, studies, cfg, vqgan, region, autocast)
+        pairs = build_pairs(records, studies, cfg, vqgan, lambda r: key_region(r, model, vocab, vqgan, autocast), autocast)
         if cfg.candidates > 1:                              # all in wording 0, until set_responses draws it
             logps = sum_reference_logps(model, pairs, ("text_given",), vocab, cfg, autocast)["text_given"]
             pairs = least_noticed(pairs, logps.whole)
             tqdm.write(f"of these kept, the least noticed of each record: {count_kinds(pairs)}")
-        add_questions(pairs, studies, model, vocab, cfg, autocast)
+        add_questions(pairs, studies, model, vocab, autocast)
     with autocast():
         added = add_missing(pairs, cfg, records, phrases, model, vocab, vqgan, autocast)
     if added or not found:

@@ -9,11 +9,11 @@ count. A tenth of the drawing prompts are emptied: classifier-free guidance need
 (arXiv:2207.12598).
 
 The lesson, in order: the joint vocabulary and the prompts of the tasks; the four ways to use a model; examples
-and batches; training. For consultation: loading what is on disk, --init.
+and batches; training. For consultation: what is on disk, --init.
 
 A healthy log: loss falls from about 7.2, the log of the vocabulary's size, to under 2 (image codes hold most of what
 remains); val/f1, the finding F1 of greedy reports on held-out records, climbs late and then steeply. The checkpoint with
-the best val/f1 is kept (where findings are unknown, that with the lowest val/loss), as val/loss rises again much earlier.
+the best val/f1 is kept, as val/loss rises again much earlier (where findings are unknown: that with the lowest val/loss).
 """
 
 import json
@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import vqgan as vqgan_stage
@@ -78,7 +79,8 @@ INSTRUCTIONS = {"report": ("Write the report.", "Describe this image.", "What do
                 "generate": ("Draw this: {}", "Generate an image: {}", "Image of: {}"),
                 "segment": ("Segment the {}.", "Outline the {}.", "Where is the {}?")}
 SPECIALS = ("<eos>", "</image>", "<image>", "<bos>", "<pad>")       # eos, eoi, boi, bos, pad below; <eos> first: see text_range
-MAX_TEXT = 128         # tokens of one report, question or answer; longer ones are cut
+image_tokens = lambda n: [f"<img_{i}>" for i in range(n)]
+MAX_TEXT = 128         # tokens of a response or prompt in words; longer ones are cut
 
 
 class Vocabulary:
@@ -111,8 +113,7 @@ class Vocabulary:
     @classmethod
     def append(cls, tokenizer, codebook_size):
         """A tokenizer of text, with our specials and the image codes after its own tokens."""
-        new = [*SPECIALS, *(f"<img_{i}>" for i in range(codebook_size))]
-        tokenizer.add_special_tokens([AddedToken(s, special=True) for s in new])
+        tokenizer.add_special_tokens([*SPECIALS, *image_tokens(codebook_size)])
         return cls(tokenizer, codebook_size)
 
     def encode_text(self, text):
@@ -249,8 +250,7 @@ def encode_records(records, span, vqgan, seed, autocast, title="encoding"):
         batch = [records[i] for i in part]
         images, structures = [r.image for r in batch], []
         for i, record in zip(part, batch):
-            order = np.random.default_rng([seed, 2, i]).permutation(sorted(record.masks))        # 2: no other draw has this number
-            structures.append([str(name) for name in order[:MASKS_EACH]])
+            structures.append(np.random.default_rng([seed, 2, i]).permutation(sorted(record.masks))[:MASKS_EACH].tolist())
             images += [record.masks[name] * np.uint8(255) for name in structures[-1]]
         codes = encode_images(images, vqgan, autocast)
         mask_codes = iter(codes[len(batch):])
@@ -279,14 +279,9 @@ def collate(examples, pad, device="cpu"):
 
     With pad 0, ([1, 7], [9, 4]) and ([1], [5]) give ids [[1, 7, 9, 4], [1, 5, 0, 0]] and labels
     [[-100, -100, 9, 4], [-100, 5, -100, -100]]."""
-    T = max(len(p) + len(r) for p, r in examples)
-    ids = torch.full((len(examples), T), pad)
-    labels = torch.full((len(examples), T), -100)
-    for row, (prompt, response) in enumerate(examples):
-        end = len(prompt) + len(response)
-        ids[row, :end] = torch.tensor([*prompt, *response])
-        labels[row, len(prompt):end] = ids[row, len(prompt):end]
-    return ids.to(device), labels.to(device)
+    ids = [torch.tensor([*prompt, *response]) for prompt, response in examples]
+    labels = [torch.tensor([-100] * len(prompt) + [*response]) for prompt, response in examples]
+    return pad_sequence(ids, True, pad).to(device), pad_sequence(labels, True, -100).to(device)
 
 
 def pick_task(study, shares, rng):
@@ -343,7 +338,9 @@ def validate(model, studies, tasks, vocab, phrases):
 def train(cfg):
     """Instruction-tune a GPT and write out/sft."""
     device, autocast = init_run(cfg)
-    check_flags(cfg)                                         # fail before the slow part, not at begin_stage
+    check_resume(cfg, "sft")                                 # fail before the slow part, not at begin_stage
+    if cfg.lora_rank and not cfg.init:
+        raise UserError("--lora-rank adapts a model that can do something already: name one with --init")
     vqgan = load_vqgan(cfg, device, cfg.init)
     if not cfg.init and vqgan.config.data != image_source(cfg):
         raise UserError(f"{cfg.out}/vqgan was trained on {vqgan.config.data}, not on {image_source(cfg)}: "
@@ -490,8 +487,7 @@ def load_vqgan(cfg, device, init=""):
         wait()
     if not folder.exists():
         tqdm.write(f"{folder} is missing: training the image tokenizer first")
-        vqgan_stage.train(config_for(vqgan_stage.VQGANTrainConfig, cfg, **vqgan_stage.PRESETS[cfg.preset],
-                                     resume=cfg.resume))
+        vqgan_stage.train(config_for(vqgan_stage.VQGANTrainConfig, cfg, **vqgan_stage.PRESETS[cfg.preset], resume=cfg.resume))
     vqgan = VQGAN.from_pretrained(folder, device)
     if (vqgan.config.image_size, vqgan.config.channels) != (cfg.image_size, cfg.channels):
         raise UserError(f"{folder} was trained for --image-size {vqgan.config.image_size} and --channels "
@@ -499,25 +495,13 @@ def load_vqgan(cfg, device, init=""):
     return vqgan
 
 
-def check_flags(cfg):
-    """Raise UserError for a state that --resume cannot go on from, and for adapters without a model to adapt."""
-    check_resume(cfg, "sft")
-    if cfg.lora_rank and not cfg.init:
-        raise UserError("--lora-rank adapts a model that can do something already: name one with --init")
-
-
 def load_gpt(folder, vqgan, device):
     """A GPT folder and its vocabulary. Raises UserError if it was trained with another image tokenizer."""
     model, vocab = GPT.from_pretrained(folder, device), Vocabulary.load(folder)
-    check_vqgan(model, vqgan, folder)
-    return model, vocab
-
-
-def check_vqgan(model, vqgan, folder):
-    """Raise UserError if the model in `folder` was trained with another image tokenizer."""
     if model.config.vqgan_hash != weights_hash(vqgan):
         raise UserError(f"{folder} was trained with another image tokenizer than the one in --out; "
                         "train it again, or bring back that image tokenizer")
+    return model, vocab
 
 
 def read_tokenizer(folder):
@@ -534,12 +518,11 @@ def extend_vocabulary(folder, codebook_size):
     tokenizer = read_tokenizer(folder)
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    size, last = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values())
+    size, last = tokenizer.get_vocab_size(), max(tokenizer.get_vocab().values(), default=0)
     if last != size - 1:
-        raise UserError(f"{folder}/tokenizer.json numbers its {size} tokens up to {last}; only ids without gaps are "
-                        "read here")
-    if taken := [s for s in SPECIALS if tokenizer.token_to_id(s) is not None]:
-        raise UserError(f"{folder}/tokenizer.json uses {' '.join(taken)} for itself, which are our names; rename them")
+        raise UserError(f"{folder}/tokenizer.json numbers its {size} tokens up to {last}; only ids without gaps are read here")
+    if taken := [s for s in (*SPECIALS, *image_tokens(codebook_size)) if tokenizer.token_to_id(s) is not None]:
+        raise UserError(f"{folder}/tokenizer.json uses {' '.join(taken[:5])} for itself, which are our names; rename them")
     return Vocabulary.append(tokenizer, codebook_size)
 
 
@@ -553,8 +536,7 @@ def load_init(cfg, vqgan, device):
     torch.manual_seed(cfg.seed)
     model, first_new = GPT.from_pretrained(cfg.init, device), None
     if model.config.image_token_start is not None:
-        check_vqgan(model, vqgan, cfg.init)
-        vocab = Vocabulary.load(cfg.init)
+        model, vocab = load_gpt(cfg.init, vqgan, device)
     else:
         vocab = extend_vocabulary(cfg.init, vqgan.config.codebook_size)
         first_new = vocab.eos                                # the first token that is not the folder's own
@@ -584,7 +566,7 @@ def new_model(cfg, vqgan, studies, device):
 
 def describe(model, vocab, vqgan, cfg):
     """Write into the model's config what it is made for: its special tokens, longest sequence, image tokenizer, data."""
-    longest = 2 * vqgan.config.grid ** 2 + 2 * MAX_TEXT      # two images, an instruction and a text
+    longest = 2 * vqgan.config.grid ** 2 + 2 * MAX_TEXT      # no task needs more
     vars(model.config).update(
         max_position_embeddings=max(longest, model.config.max_position_embeddings), pad_token_id=vocab.pad,
         bos_token_id=vocab.bos, eos_token_id=vocab.eos, image_token_start=vocab.image_start,

@@ -437,7 +437,7 @@ def test_other_pairs_take_a_question_of_the_record_that_the_model_answers_otherw
     studies = [SimpleNamespace(questions=(("Q?", "Yes."),)) if i < 3 else SimpleNamespace(questions=()) for i in range(5)]
     said = iter((["Yes.", "No.", "No."], ["Left.", "No.", "Yes."]))               # of the genuine images, of their twins
     monkeypatch.setattr(dpo, "sample_words", lambda model, vocab, prompts, *rest: next(said))
-    dpo.add_questions(pairs, studies, None, VOCAB, config("bidpo"), contextlib.nullcontext)
+    dpo.add_questions(pairs, studies, None, VOCAB, contextlib.nullcontext)
     assert [(p.question, p.answers) for p in pairs] == [
         ("Q?", ("Yes.", "Left.")), ("", ("", "")), ("", ("", "")), ("", ("", "")), ("Is it big?", ("Yes.", "No."))]
 

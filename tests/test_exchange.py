@@ -171,12 +171,14 @@ def spoil(change):
     (spoil({"num_hidden_layers": 3}), "qwen3: "),
     (lambda f: write_tokenizer(f, [f"<extra_{i}>" for i in range(4)]), "qwen3/tokenizer.json .*263 .*262 "),
     (lambda f: write_tokenizer(f, ["<image>"]), "qwen3/tokenizer.json .*<image>"),
+    (lambda f: write_tokenizer(f, ["<img_0>"]), "qwen3/tokenizer.json .*<img_0>"),
     (lambda f: write_tokenizer(f, last=300), "qwen3/tokenizer.json .*259 .*300"),
+    (lambda f: Tokenizer(models.BPE()).save(str(f / "tokenizer.json")), "qwen3/tokenizer.json .* 0 tokens"),
     (spoil({"head_dim": None}), "qwen3/config.json "),
     (spoil({"rope_parameters": {"type": "yarn"}}), "qwen3/config.json .*yarn"),
     (lambda f: (f / "tokenizer.json").unlink(), "qwen3/tokenizer.json "),
     (lambda f: shutil.rmtree(f), "qwen3 "),
-], ids=["llama", "shard", "index", "width", "depth", "too many ids", "our names", "gaps", "null", "yarn", "no tokenizer",
+], ids=["llama", "shard", "index", "width", "depth", "too many ids", "our names", "our codes", "gaps", "empty", "null", "yarn", "no tokenizer",
         "no folder"])
 def test_folders_that_cannot_start_a_run_are_refused(qwen3, begun, damage, named):
     damage(qwen3.folder)
