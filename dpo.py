@@ -638,7 +638,6 @@ def train(cfg):
                 **contrast_metrics(ratios, policy_sums, contrasts, cfg))
             log.warn(any(masked_mean(c.margin.abs(), c.keep) > 30 for c in contrasts.values()),
                      "margins are over 30: the model is far from its reference; lower --beta or the learning rates")
-        log.bar.update()
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stopping:
             save_state(folder, step + 1, [trained], optimizers, flags=run_flags(cfg), sft=sft_hash)
         if log.stopping:

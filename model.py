@@ -70,18 +70,6 @@ class GPTConfig:
                             f"num_key_value_heads {self.num_key_value_heads}")
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension, computed in float32."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
-
-
 def rotary(positions, head_dim, theta):
     """[cos, cos] and [−sin, sin], each (B, 1, T, head_dim), of the RoPE angles at integer positions (B, T)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
@@ -112,17 +100,18 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)      # x / rms(x) · weight
+        self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, mask=None):
         """x (B, T, hidden_size); cos, sin (1 or B, 1, T, head_dim). mask (1 or B, 1, T, T): what is added to scores, -inf where
         a position (3rd) may not attend to another (4th); by default it attends to no later one (causal)."""
         B, T, _ = x.shape
         heads = lambda y: y.view(B, T, -1, self.head_dim)                     # (B, T, nh, D)
+        normed = lambda norm, y: norm(heads(y).float()).to(y.dtype).transpose(1, 2)      # autocast: y is bfloat16
         scale = self.head_dim ** -0.5     # 1/√D of the scores; put on cos and sin, the smallest tensors
-        q = rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), cos * scale, sin * scale)   # (B, nh, T, D)
-        k = rotate(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), cos, sin)   # (B, nkv, T, D)
+        q = rotate(normed(self.q_norm, self.q_proj(x)), cos * scale, sin * scale)        # (B, nh, T, D)
+        k = rotate(normed(self.k_norm, self.k_proj(x)), cos, sin)                        # (B, nkv, T, D)
         v = heads(self.v_proj(x)).transpose(1, 2)
         if self.groups > 1:
             k, v = (y.repeat_interleave(self.groups, dim=1) for y in (k, v))  # nkv -> nh
@@ -156,8 +145,8 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, mask=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
@@ -172,7 +161,7 @@ class Backbone(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, ids, positions=None, mask=None):
         """positions (B, T), by default 0, 1, 2, …; mask: see Attention. Both are for `join`."""
@@ -205,7 +194,7 @@ class GPT(nn.Module):
 
     def head(self, h):
         """Hidden states (..., hidden_size) to logits (..., V)."""
-        table = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head      # safetensors forbids sharing
+        table = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return F.linear(h, table.weight)
 
     def forward(self, ids):
@@ -365,7 +354,7 @@ class CachedGPT:
         dtype = torch.bfloat16 if half and device.type == "cuda" else torch.float32
         state = {k: v.to(product_dtype if "_proj" in k else dtype) for k, v in merged_state(model).items()}
         self.n_q, self.n_kv, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        # RMSNorm in three operations: √(mean x² + ε) is hypot(‖x‖, √(nε)) / √n, and the √n is in the weight
+        # RMSNorm in four operations: √(mean x² + ε) is hypot(‖x‖, √(nε)) / √n, and the √n is in the weight
         floor = {n: torch.tensor((n * config.rms_norm_eps) ** 0.5, dtype=dtype, device=device)
                  for n in (config.hidden_size, config.head_dim)}
         self.rms_norm = lambda x, weight: x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(floor[x.size(-1)]) * weight
@@ -437,7 +426,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
         drop = p.cumsum(dim=-1) - p >= top_p        # keeps the token that crosses top_p
         drop[:, 0] = False                          # and the likeliest in any case
         logits = logits.masked_fill(drop.scatter(1, order, drop), float("-inf"))
-    below = logits.softmax(dim=-1).cumsum(dim=-1)               # where a uniform number falls in the cumulated: inverse transform
+    below = logits.softmax(dim=-1).cumsum(dim=-1)               # inverse transform: the id at which it passes a uniform number
     at = torch.rand(len(logits), 1, generator=generator, device=logits.device) * below[:, -1:]
     return torch.searchsorted(below, at, right=True).squeeze(1).clamp(max=logits.size(1) - 1)
 
@@ -506,11 +495,11 @@ class Stopped(BaseException):
 
 
 def stop(signum, frame):
-    """A signal's handler: a loop with a Log ends its step first; elsewhere, and at a second signal, all ends at once."""
+    """A signal's handler: a loop with a Log ends its step first; elsewhere, and at one 3 s later, all ends at once."""
     log = Log.running
     if log is None or log.asked and time.time() - log.asked_at > 3:
         raise Stopped(signum)
-    log.asked, log.asked_at = signum, time.time()
+    log.asked, log.asked_at = signum, log.asked_at or time.time()
 
 
 def run(main):
@@ -527,7 +516,7 @@ def run(main):
     except UserError as error:
         fail(error)
     except OSError as error:                               # a full disk, a folder that went away
-        fail(f"{error.filename or 'a file'}: {error.strerror or error}; nothing that was whole is lost: mend that and go on "
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}; nothing whole is lost: mend that; training goes on "
              "with --resume")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, dist.DistError) or "Connection closed by peer" in str(error):
@@ -568,7 +557,7 @@ class RunConfig:
                       "or base (one GPU, 256x256)", choices=("tiny", "quick", "small", "base"))
     data: str = arg("", "folder of images and texts (ImageFolder metadata, ROCOv2 or LLaVA); empty: drawn phantoms")
     out: str = arg("out", "folder for everything that is written")
-    seed: int = arg(0, "draws data, weights, batches and samples", least=0)
+    seed: int = arg(0, "draws data, weights, batches and samples", least=0, most=2 ** 32 - 1)
     bias: float = arg(0.9, "phantoms: probability that a training finding brings its companion (0: no language bias)",
                       most=1)
     records: int = arg(16000, "phantoms: training records")
@@ -592,7 +581,7 @@ class TuneConfig(RunConfig):
     compile: bool = arg(False, "fuse the small operations of each block (torch.compile; on a CPU it needs a C++ compiler): the "
                         "first step takes half a minute, every other one a quarter less time")
     lora_rank: int = arg(0, "rank r of LoRA's adapters; 0: train every weight", least=0)
-    lora_alpha: float = arg(16.0, "what adapters add counts alpha/r")
+    lora_alpha: float = arg(16.0, "scales adapters' output: alpha/r")
     lora_dropout: float = arg(0.0, "share of an adapter's inputs that training drops", most=0.99)
     lora_targets: tuple = arg(("q_proj", "v_proj"), "linear layers that get an adapter, in every block: "
                               + " ".join(LINEARS), choices=LINEARS)
@@ -677,8 +666,7 @@ def lock(out):
         except OSError:       # a network disk without locks
             return
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        print(os.getpid(), file=file, flush=True)
         LOCKS[path] = file
 
 
@@ -884,7 +872,7 @@ def take_step(loss, parameters, optimizers, clip=math.inf):
 
 
 def get_lr(step, steps, warmup, floor=0.05):
-    """Share of the peak learning rate at a step: linear warmup (of a short run a fifth), then a cosine down to `floor`."""
+    """Share of the peak learning rate at a step: linear warmup (at most a fifth of all), then a cosine down to `floor`."""
     warmup = min(warmup, steps // 5)
     if step < warmup:
         return (step + 1) / warmup
@@ -926,8 +914,7 @@ def load_folder(folder, writer, expect):
         raise UserError(f"{folder} does not exist; run `python {writer}` first, or name its --out")
     with refuse(f"{folder} is no whole model folder", f"bring back what it lacks, or train it again with `python {writer}`"):
         config = json.loads((folder / "config.json").read_text())
-        found = config.get(expect[0]) if isinstance(config, dict) else None
-        if found != expect[1]:
+        if (found := config.get(expect[0])) != expect[1]:
             raise UserError(f"{folder}/config.json says {expect[0]} {found!r}, and only {expect[1]!r} is read here: "
                             f"name a folder of that kind, as `python {writer}` writes them")
         shards = {"model.safetensors"}
@@ -960,9 +947,9 @@ def fits(value, kind):
 
 
 def load_weights(make, tensors, folder):
-    """The model that make() returns, with these tensors; a mismatch of names or sizes is the user's to mend.
+    """make()'s model with copies of these tensors; a mismatch of names or sizes is the user's to mend.
 
-    It is made on the meta device, which takes no memory for what a config.json asks."""
+    Copies, as read ones are mapped to a file; made on the meta device, where a config.json costs no memory."""
     with refuse(f"{folder}: weights and config.json do not belong together", "bring back those that do"):
         with torch.device("meta"):
             model = make()
@@ -1015,8 +1002,9 @@ def write_text(path, text):
 
 
 def put_in_place(new, path):
-    """Rename a file, or a folder of files that are on the disk; they are before, the new name is after."""
-    sync(new)
+    """Rename a file or a flat folder: what it holds is on the disk before that, the new name after."""
+    for part in (*new.glob("*"), new):
+        sync(part)
     os.replace(new, path)
     sync(Path(path).parent)
 
@@ -1048,11 +1036,9 @@ def weights_hash(model):
 
 
 def folder_hash(folder):
-    """The same of a model folder as it lies on disk, adapters or shards."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*model*.safetensors")):
-        digest.update(digest_of(read_tensors(path), {}).encode())
-    return digest.hexdigest()[:12]
+    """Another such name, of a model folder's files: adapters or shards."""
+    digests = [digest_of(read_tensors(path), {}) for path in sorted(Path(folder).glob("*model*.safetensors"))]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
 
 
 # ---- States, stages and logs: what lets a killed run go on ---------------------------------------
@@ -1096,17 +1082,15 @@ def load_state(folder, models, optimizers):
     path = Path(folder) / "state.safetensors"
     with refuse(f"{path} does not fit this run", "use the flags it was started with, or start over without --resume"):
         tensors, progress = read_tensors(path), read_progress(folder)
+        part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         for i, model in enumerate(models):
-            prefix = f"model.{i}."
-            model.load_state_dict({k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)})
+            model.load_state_dict(part(f"model.{i}."))
     for i, optimizer in enumerate(optimizers):
-        whole = optimizer.state_dict()
-        whole["state"] = {}
-        for key, value in tensors.items():
-            kind, a, *rest = key.split(".")
-            if kind == "optimizer" and int(a) == i:
-                whole["state"].setdefault(int(rest[0]), {})[rest[1]] = value
-        optimizer.load_state_dict(whole)
+        state = {}
+        for key, value in part(f"optimizer.{i}.").items():
+            number, name = key.split(".")
+            state.setdefault(int(number), {})[name] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return progress
 
 
@@ -1175,8 +1159,6 @@ def finish_stage(cfg, name):
         for path in partial.iterdir():
             if path.name.startswith(".tmp") or path.suffix == ".new":      # of a kill while writing; .tmp… are safetensors' own
                 path.unlink()
-            else:
-                sync(path)
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(final, old)
@@ -1197,7 +1179,7 @@ class Log:
         """Lines of an earlier run from step `start` on are dropped, the rest kept."""
         self.path, self.title, self.warned = Path(path), title, set()
         self.skipped = self.in_a_row = 0                   # steps without a finite gradient
-        self.asked = self.stopping = 0                     # the signal that came; the same, once all processes know
+        self.asked = self.asked_at = self.stopping = 0     # the signal, when it came, and the signal once all processes know
         kept = [row for row in read_log(self.path) if row["step"] < start]
         first_alone(write_text)(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.began = time.time() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
@@ -1218,6 +1200,7 @@ class Log:
         """At each step's end: count it if take_step left it out, and see whether a signal has come, to whatever process.
 
         Raises UserError at the fifth step in a row without a finite gradient."""
+        self.bar.update()
         self.stopping = largest_of_processes(self.asked)
         self.in_a_row = 0 if math.isfinite(grad_norm) else self.in_a_row + 1
         self.skipped += self.in_a_row > 0

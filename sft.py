@@ -377,7 +377,6 @@ def train(cfg):
         grad_norm = take_step(loss, trained, optimizers, clip=1.0)
         log.count(step, grad_norm)
 
-        log.bar.update()
         if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
             with autocast():
                 held_out = validate(model, val, tasks, vocab, phrases)

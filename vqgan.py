@@ -161,17 +161,12 @@ class VectorQuantizer(nn.Module):
         """codes (B, h·w) to z_q (B, D, h, w)."""
         return self.rows()[codes].unflatten(1, (h, -1)).permute(0, 3, 1, 2)
 
-    def count(self, codes):
-        """Note which codes a batch used."""
-        self.idle += 1
-        self.idle[codes.unique()] = 0
-
     @torch.no_grad()
     def renew(self, z, patience):
         """Move every code unused for `patience` steps onto a random vector of z; returns how many."""
         dead = (self.idle >= patience).nonzero().flatten()
         z = F.normalize(z.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)          # (N, D)
-        # far-off vectors first, as in k-means++: 1 − cos is half the squared distance on the sphere
+        # far-off ones likelier, as in k-means++: 1 − cos is half the squared distance on the sphere
         far = (1 - (z @ self.rows().T).amax(dim=1)).clamp(min=1e-6)
         n = min(len(dead), len(z))
         if n:
@@ -223,8 +218,7 @@ class VQGAN(nn.Module):
         """Read what save_pretrained wrote."""
         config, tensors = load_folder(folder, "vqgan.py", ("kind", "vqgan"))
         config = make_config(VQGANConfig, config, folder)
-        vqgan = load_weights(lambda: cls(config), tensors, folder)
-        return vqgan.to(device, memory_format=torch.channels_last)
+        return load_weights(lambda: cls(config), tensors, folder).to(device, memory_format=torch.channels_last)
 
 
 class PatchDiscriminator(nn.Module):
@@ -279,8 +273,7 @@ def psnr(x, x_rec):
 def codebook_figures(vqgan, codes):
     """Share of codes in use, exp(entropy) of use, and the share with another code within 8 degrees."""
     K = vqgan.config.codebook_size
-    p = torch.bincount(codes.flatten(), minlength=K).float()
-    p = p / p.sum()
+    p = torch.bincount(codes.flatten(), minlength=K) / codes.numel()
     rows = vqgan.quantizer.rows()
     with torch.autocast(rows.device.type, enabled=False):                # bfloat16 is too coarse for so small an angle
         nearest = (rows @ rows.T - 2 * torch.eye(K, device=rows.device)).amax(dim=1)
@@ -369,7 +362,8 @@ def train(cfg):
                 d_loss = d_hinge_loss(disc(x)[0].float(), disc(x_rec.detach())[0].float())
             take_step(d_loss / processes(), disc.parameters(), [d_optimizer])
 
-        vqgan.quantizer.count(gather(codes))
+        vqgan.quantizer.idle += 1
+        vqgan.quantizer.idle[gather(codes).unique()] = 0
         if step % cfg.renew_every == 0 and step < 0.7 * cfg.steps:       # the rest settles
             torch.manual_seed(cfg.seed + step)                          # a resumed run draws alike
             vqgan.quantizer.renew(gather(z.detach()), cfg.renew_every)
@@ -382,7 +376,6 @@ def train(cfg):
             means = gather(torch.stack(list(figures.values())).detach()[None]).mean(dim=0)       # over all processes
             log(step, ("loss", "psnr", "val/psnr"), **dict(zip(figures, means)), lr=optimizer.param_groups[0]["lr"], **held_out)
             log.warn(step > 200 and held_out["codebook/usage"] < 0.1, "over nine tenths of the codes are unused; lower --lr")
-        log.bar.update()
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stopping:
             save_state(folder, step + 1, [vqgan, disc], [optimizer, d_optimizer], flags=run_flags(cfg))
         if log.stopping:

@@ -875,6 +875,28 @@ def test_a_signal_after_the_last_step_stops_the_run_too(tmp_path):
         model.stop(signal.SIGINT, None)
 
 
+def test_signals_in_a_step_that_never_ends(tmp_path, monkeypatch):
+    """The first waits for its end, as do others of the next 3 s; a later one stops at once, however many came between."""
+    log, clock = Log(tmp_path / "x.jsonl", "x", 1), [100.0]
+    monkeypatch.setattr(model.time, "time", lambda: clock[0])
+    for clock[0] in (100.0, 102.0):
+        model.stop(signal.SIGINT, None)
+    clock[0] = 104.0
+    with pytest.raises(model.Stopped):
+        model.stop(signal.SIGINT, None)
+    with pytest.raises(model.Stopped):
+        log.close()
+
+
+def test_a_copied_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("1")
+    synced, sync = [], model.sync
+    monkeypatch.setattr(model, "sync", lambda path: (synced.append((path.name, (tmp_path / "b").exists())), sync(path)))
+    model.copy_folder(tmp_path / "a", tmp_path / "b")
+    assert synced == [("x", False), ("b.copy", False), (tmp_path.name, True)] and (tmp_path / "b" / "x").read_text() == "1"
+
+
 def test_a_step_without_a_finite_gradient_changes_nothing_and_five_in_a_row_stop_the_run(gpt, tmp_path):
     before, log = copy.deepcopy(gpt.state_dict()), Log(tmp_path / "x.jsonl", "x", 9)
     optimizers = make_optimizers(gpt, 0.02, 0.02, 0.1)
