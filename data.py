@@ -1,6 +1,6 @@
 """Records: drawn phantoms with known findings, or a folder of real images, as one kind of thing.
 
-    from data import Phantoms, read_folder
+    from data import Phantoms
     record = Phantoms("train", 16000, seed=0, bias=0.9)[17]
     record.image, record.text, record.findings, record.masks
 
@@ -36,7 +36,6 @@ from tqdm import tqdm
 from model import UserError, refuse
 
 # ---- The lesson: records -------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -196,11 +195,12 @@ def draw(spec, size=64):
     """Image (size, size) uint8 and masks {structure: (size, size) bool} of a spec.
 
     Anatomy, noise and each finding's place are drawn from generators of their own, so taking one
-    finding out changes nothing but that finding."""
+    out changes nothing but it and what it moved."""
     look = spec.rng("look")
     canvas = Canvas(size, look.uniform(-0.06, 0.06))
     found = {f.name: SimpleNamespace(**vars(f), sign=SIGN.get(f.side), rng=spec.rng("place", f.name)) for f in spec.findings}
-    DRAW[spec.modality](canvas, found, spec.rng("anatomy"))
+    paint = {"chest radiograph": draw_chest, "head CT": draw_head_ct, "brain MRI": draw_brain_mri}[spec.modality]
+    paint(canvas, found, spec.rng("anatomy"))
     image = canvas.image * look.uniform(0.9, 1.05) + look.uniform(0.0, 0.05)
     image = image + spec.rng("noise").normal(0, look.uniform(0.008, 0.02), image.shape)
     return (np.clip(image, 0, 1) * 255).astype(np.uint8), canvas.masks
@@ -219,9 +219,8 @@ def write_report(spec, before=None):
     stated, stated_before = ({f.name for f in s.findings} for s in (spec, before or spec))
     absent = [name for name in kinds if name not in stated_before]
     r.shuffle(absent)
-    most = 0
-    if stated_before and r.random() < 0.4:
-        most = 1 if r.random() < 0.5 else 2
+    denies = stated_before and r.random() < 0.4
+    most = (1 if r.random() < 0.5 else 2) if denies else 0
     denied = [kinds[name].noun for name in absent[:most] if name not in stated]
     if not stated:
         sentences.append(str(r.choice(NORMAL[spec.modality])))
@@ -243,7 +242,7 @@ def ask_phantom(spec):
     kinds = MODALITIES[spec.modality]
     present = [f.name for f in spec.findings]
     absent = [name for name in kinds if name not in present]
-    questions = [("Which modality is this?", f"{spec.modality[0].upper() + spec.modality[1:]}.")]
+    questions = [("Which modality is this?", OPENING[spec.modality][0])]
     for names, answer in ((present, "Yes."), (absent, "No.")):
         if names:
             questions.append((ask_whether(kinds[r.choice(names)], r.integers(2)), answer))
@@ -296,7 +295,6 @@ def redraw(spec, change, rng):
 
 
 # ---- The lesson: distortions, which make the dispreferred data -----------------------------------
-
 
 def add_noise(image, rng, strength):
     """DDPM's forward process √ᾱ·x + √(1−ᾱ)·ε at step `strength` of 1000, linear β (arXiv:2006.11239)."""
@@ -399,7 +397,7 @@ def erase(image, mask):
 
 
 def distort(record, records, kind, strength, rng, region=None):
-    """The Twin of a record, one of records. Twin.kind names what was done where the kind asked for is impossible.
+    """The Twin of one of the records. Twin.kind names what was done where the kind asked for is impossible.
 
     PIXEL_DISTORTIONS  change the whole image.
     region-noise       adds noise inside one finding's mask; where no finding has one, inside region(), a mask (H, W)
@@ -443,7 +441,7 @@ SIGN = {"left": 1.0, "right": -1.0}
 
 
 class Canvas:
-    """A gray image in 0..1 with its masks; all shapes have edges one pixel soft."""
+    """A gray image in 0..1 with its masks; edges are one pixel soft."""
 
     def __init__(self, size, tilt):
         x = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1                     # of the pixels' centres
@@ -486,8 +484,7 @@ def draw_chest(c, found, a):
         c.image += 0.05 * np.exp(-((c.y - y) / 0.035) ** 2) * (lungs["left"] + lungs["right"])
     c.paint(c.ellipse(0, 0, 0.10, 1.4), 0.75)                  # spine and mediastinum
     big = "cardiomegaly" in found
-    rx = a.uniform(0.26, 0.30) + (0.16 if big else 0)
-    heart = c.ellipse(0.14 + (0.05 if big else 0), 0.33, rx, 0.30 + (0.04 if big else 0))
+    heart = c.ellipse(0.14 + 0.05 * big, 0.33, a.uniform(0.26, 0.30) + 0.16 * big, 0.30 + 0.04 * big)
     c.paint(heart * (1 - c.below(base + 0.05)), 0.72, "heart")
     if big:
         c.masks["cardiomegaly"] = c.masks["heart"]
@@ -500,13 +497,11 @@ def draw_chest(c, found, a):
         collapsed = c.ellipse(f.sign * (0.45 - depth * 0.5), -0.05 + depth, width * 0.92, 0.70)
         c.paint(lungs[f.side] * (1 - collapsed) * (1 - c.below(0.25)), 0.02, "pneumothorax")
     if f := found.get("consolidation"):
-        x = f.sign * f.rng.uniform(0.42, 0.56)
-        y = (-0.38 if f.place == "upper" else 0.18) + f.rng.uniform(-0.06, 0.06)
+        x, y = f.sign * f.rng.uniform(0.42, 0.56), (-0.38 if f.place == "upper" else 0.18) + f.rng.uniform(-0.06, 0.06)
         cloud = c.blob(x, y, f.rng.uniform(0.17, 0.22)) * lungs[f.side]
         c.paint(0.85 * np.clip(1.3 * cloud, 0, 1), 0.60, "consolidation")
     if f := found.get("nodule"):
-        x = f.sign * f.rng.uniform(0.40, 0.58)
-        y = (-0.40 if f.place == "upper" else 0.15) + f.rng.uniform(-0.12, 0.12)
+        x, y = f.sign * f.rng.uniform(0.40, 0.58), (-0.40 if f.place == "upper" else 0.15) + f.rng.uniform(-0.12, 0.12)
         radius = f.rng.uniform(0.10, 0.125)
         c.paint(c.ellipse(x, y, radius, radius), 0.92, "nodule")
 
@@ -577,9 +572,6 @@ def draw_brain_mri(c, found, a):
         c.paint(c.ellipse(f.sign * (rx - 0.16), f.rng.uniform(0.02, 0.12), 0.13, 0.17) * inside, 0.02, "cyst")
 
 
-DRAW = {"chest radiograph": draw_chest, "head CT": draw_head_ct, "brain MRI": draw_brain_mri}
-
-
 # ---- For consultation: folders of real images ----------------------------------------------------
 
 MIN_SIDE, MAX_PIXELS, MOST_NAMED = 16, 64_000_000, 200
@@ -597,7 +589,7 @@ def printable(text):
 
 @lru_cache
 def say_once(sentence):
-    """Print a sentence, the first time alone."""
+    """Print a sentence, but only once."""
     tqdm.write(printable(sentence))
 
 
@@ -623,7 +615,7 @@ def read_image(path, size, channels, is_mask=False):
     try:
         if path.stat().st_size == 0:
             raise BadRow("the file is empty")
-        with warnings.catch_warnings(record=True), Image.open(path) as image:      # hides Pillow's, of odd metadata
+        with warnings.catch_warnings(record=True), Image.open(path) as image:      # hides warnings of odd metadata
             if image.width * image.height > MAX_PIXELS:
                 raise BadRow(f"{image.width}x{image.height} pixels, more than the {MAX_PIXELS:,} that are read")
             if min(image.size) < MIN_SIDE:
@@ -647,11 +639,11 @@ def read_image(path, size, channels, is_mask=False):
 def to_eight_bits(image):
     """A PIL image of any mode as L or RGB."""
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image).astype(np.float32)
+        values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
         # the depth is not written in the file: the least of 8, 12 and 16 bits that holds the largest value
         top = next((t for t in (1.0, 255.0, 4095.0, 65535.0) if values.max() <= t), values.max())
         return Image.fromarray((values.clip(min=0) / top * 255).round().astype(np.uint8))
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
     return image if image.mode == "L" else image.convert("RGB")
@@ -663,8 +655,7 @@ def row_record(row, root, size, channels):
         raise BadRow("it is not an object with the fields of its layout")
     text = row.get("text") or row.get("caption") or row.get("report") or ""
     questions, findings, masks = (read_cell(row.get(field)) for field in ("questions", "findings", "masks"))
-    asked = [q for q in questions if isinstance(q, dict)] if isinstance(questions, list) else []
-    asked = [(q.get("question"), q.get("answer")) for q in asked]
+    asked = [(q.get("question"), q.get("answer")) for q in questions if isinstance(q, dict)] if isinstance(questions, list) else []
     questions = tuple((printable(q), printable(a)) for q, a in asked if isinstance(q, str) and isinstance(a, str) and q and a)
     if not isinstance(text, str) or not (text.strip() or questions):
         raise BadRow("the text is empty")
@@ -673,7 +664,7 @@ def row_record(row, root, size, channels):
     if not isinstance(masks := masks or {}, dict):
         raise BadRow('masks must be {"structure": "file"}')
     masks = {printable(structure.replace("_", " ")): path_inside(root, file) for structure, file in masks.items()}
-    subject = next((str(row[k]) for k in ("patient_id", "subject_id", "subject", "study_id") if row.get(k)), "")
+    subject = next((str(row[k]) for k in ("patient_id", "subject_id", "subject", "study_id") if row.get(k) not in (None, "")), "")
     record = Record(path, printable(" ".join(text.split())), row["file_name"], findings, masks, str(row.get("modality") or ""),
                     str(row.get("body_part") or ""), questions, subject)
     read_pixels(record, size, channels)                # a file that cannot be read is refused here, not in training
@@ -723,7 +714,7 @@ def metadata_rows(path):
     with open(path, encoding="utf-8-sig", errors="replace", newline="" if path.suffix == ".csv" else "\n") as file:
         if path.suffix == ".csv":
             csv.field_size_limit(max(path.stat().st_size, 131_072))
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(line.replace("\0", "\ufffd") for line in file)           # Python 3.10 stops at a NUL
             yield from ((reader.line_num, row) for row in reader)
         else:                                                  # row_record refuses a line that is not JSON
             yield from ((number, read_cell(line)) for number, line in enumerate(file, 1) if line.strip())
@@ -782,9 +773,6 @@ def turns(conversations):
     return row
 
 
-LAYOUTS = {"ImageFolder": imagefolder_rows, "ROCOv2": rocov2_rows, "LLaVA": llava_rows}
-
-
 @lru_cache(maxsize=2)
 def read_folder(folder, size, channels):
     """{"train": records, "val": …, "test": …} of a folder in any of the three layouts.
@@ -795,7 +783,7 @@ def read_folder(folder, size, channels):
     with refuse(f"--data {str(folder)[:200]} is no folder that can be read", "name one"):
         next(root.iterdir(), None)                             # raises where the folder is missing, a file or not readable
     splits, skipped, seen = {"train": [], "val": [], "test": []}, Counter(), None
-    for layout, rows in LAYOUTS.items():
+    for layout, rows in {"ImageFolder": imagefolder_rows, "ROCOv2": rocov2_rows, "LLaVA": llava_rows}.items():
         for split, file, number, row, image_root in tqdm(rows(root), desc=f"reading {folder}", unit="row", leave=False):
             seen = layout
             try:
@@ -899,7 +887,7 @@ MODALITY_PHRASES = {"CT": ("ct", "computed tomography"), "MRI": ("mri", "mr", "m
                     "radiograph": ("radiograph", "x ray", "xray", "cxr", "radiography")}
 BODY_PHRASES = {"abdomen": ("abdomen", "abdominal"), "breast": ("breast",), "chest": ("chest", "thorax", "lungs"),
                 "hand": ("hand",), "head": ("head", "brain", "skull")}
-DENIED = re.compile(r"\b(?:is|are|was|were) (?:not|no)\b")           # "is not seen" denies what stands before it
+DENIED = re.compile(r"\b(?:is|are|was|were) (?:not|no longer)\b")    # "is not seen" denies what stands before it
 NEGATION = re.compile(r"\b(?:no|not|without|negative for|free of)\b")   # denies what follows
 
 
@@ -923,7 +911,7 @@ def common_structures(records):
 
 @lru_cache
 def phrase_pattern(phrases):
-    """Any of the phrases as whole words, plural allowed."""
+    """Any of the phrases in whole words; an s may follow."""
     return re.compile(r"\b(" + "|".join(map(re.escape, phrases)) + r")s?\b")
 
 

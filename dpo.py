@@ -329,7 +329,6 @@ def objective_loss(ratios, keep, cfg):
 
 # ---- The lesson: pairs, built once, in out/pairs, for every objective ----------------------------
 
-
 # load_or_build_pairs* calls build_pairs, least_noticed, add_questions*, add_missing* (reports, masks); then train calls
 # set_responses, pairs_that_count. *: below, for consultation
 
@@ -651,7 +650,6 @@ def train(cfg):
 
 # ---- For consultation: what some objectives and distortions ask of the SFT model -----------------
 
-
 @torch.no_grad()
 def key_region(record, model, vocab, vqgan, autocast):
     """Where the report comes from: a mask (H, W), for records whose findings have none. Our choice:
@@ -733,7 +731,6 @@ def rank_proposals(scores, mining, noise, rng):
 
 
 # ---- For consultation: pairs and models on disk, flags -------------------------------------------
-
 
 def read_pairs(folder, codebook_size):
     """The Pairs of out/pairs; None if they are damaged."""

@@ -40,7 +40,6 @@ from tqdm import tqdm
 
 # ---- Part 1, the lesson: the model ---------------------------------------------------------------
 
-
 @dataclass
 class GPTConfig:
     """Shape of the model under Qwen3's own field names, since config.json is read by others."""
@@ -474,7 +473,6 @@ def generate(model, prompts, max_new_tokens, allowed, stop_id=None, temperature=
 
 # ---- Part 2, for consultation: errors and flags --------------------------------------------------
 
-
 class UserError(Exception):
     """What a user can get wrong: one sentence with the cause and the way out; `run` prints it."""
 
@@ -788,7 +786,6 @@ def share_out(function, items, title):
 
 # ---- Optimizers, learning rate, batches ----------------------------------------------------------
 
-
 def orthogonalize(M, dtype=torch.float32):
     """Matrices M (n, r, c) with every singular value moved near 1 (0.7 to 1.2): roughly U Vᵀ of each M = U S Vᵀ.
 
@@ -896,7 +893,6 @@ def batch_indices(n, batch_size, step, seed):
 
 
 # ---- Folders of models on disk -------------------------------------------------------------------
-
 
 @first_alone
 def save_folder(folder, config, tensors, name="model.safetensors", **metadata):
@@ -1042,7 +1038,6 @@ def folder_hash(folder):
 
 
 # ---- States, stages and logs: what lets a killed run go on ---------------------------------------
-
 
 def run_flags(cfg):
     """The flags that a continuation must share with the run it continues, as JSON gives them back."""
@@ -1223,7 +1218,6 @@ class Log:
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
-
 
 class LoRALinear(nn.Module):
     """W x + α/r · B A x (arXiv:2106.09685): W (out, in) is frozen, A (r, in) and B (out, r) are trained.

@@ -72,7 +72,6 @@ PRESETS = {"tiny": dict(n=12, reader_steps=20, bootstrap=50), "quick": dict(n=50
 
 # ---- The lesson: figures with intervals ----------------------------------------------------------
 
-
 class Metric(NamedTuple):
     """One figure over test records."""
 
@@ -114,14 +113,10 @@ def difference(a, b):
 
 # ---- The lesson: what is counted -----------------------------------------------------------------
 
-
 def triggers_of(record):
     """(trigger, its companion, whether that is in the image) for each trigger in a phantom; none for files."""
-    if not record.spec:
-        return []
-    true = names_and_sides(record.findings)
-    found = [(f, COMPANIONS[f.name](f)) for f in record.findings if f.name in COMPANIONS]
-    return [(trigger, c, (c.name, c.side) in true) for trigger, c in found]
+    found = [(f, COMPANIONS[f.name](f)) for f in record.findings if f.name in COMPANIONS] if record.spec else []
+    return [(trigger, c, names_and_sides([c]) <= names_and_sides(record.findings)) for trigger, c in found]
 
 
 def count_companions(stated, records):
@@ -163,7 +158,6 @@ def frechet(a, b):
 
 # ---- The lesson: the evaluation, one function for each way to use a model ------------------------
 
-
 @dataclass
 class Benchmark:
     """The test records and all that evaluating a model on them needs."""
@@ -171,7 +165,7 @@ class Benchmark:
     records: list
     codes: np.ndarray        # (n, N) of the images
     pixels: torch.Tensor     # (n, C, H, W) in [-1, 1]
-    phrases: dict            # finding -> what betrays it in a report
+    phrases: dict            # finding -> the phrases that state it
     reader: "FindingReader | None"
     known: bool              # whether findings can be counted: the records' are known, and some are named
     bootstrap: Bootstrap
@@ -190,23 +184,18 @@ def make_benchmark(cfg, vqgan, device, autocast):
                      phrases, reader, known, Bootstrap(n, cfg.bootstrap), cfg)
 
 
-def evaluate_reconstruction(vqgan, bench, autocast):
+def evaluate_reconstruction(vqgan, bench):
     """PSNR and what the finding reader still sees, for the image tokenizer."""
     x = bench.pixels
-    with autocast():
-        x_rec = vqgan.decode(torch.as_tensor(bench.codes, device=x.device).long())
+    x_rec = vqgan.decode(torch.as_tensor(bench.codes, device=x.device).long())
     result = {"reconstruction/psnr": bench.bootstrap(psnr(x, x_rec).cpu())}
-    if bench.reader is None:
-        return result
-    for name, pixels in (("original", x), ("reconstructed", x_rec)):
-        findings, labels, _ = see_findings(bench.reader, pixels, autocast)
-        if bench.known:
-            result[f"reconstruction/reader_f1_{name}"] = score_findings(findings, bench.records, bench.bootstrap)["f1"]
-            for finding in sorted(bench.phrases):
-                only = lambda row: tuple(f for f in row if f.name == finding)
-                counts = [match_findings(only(said), only(r.findings)) for said, r in zip(findings, bench.records)]
-                result[f"reconstruction/reader_f1_{name}/{finding}"] = bench.bootstrap(
-                    [2 * c["right"] for c in counts], [c["stated"] + c["true"] for c in counts])
+    for name, pixels in (("original", x), ("reconstructed", x_rec)) if bench.reader else ():
+        seen, labels, _ = see_findings(bench.reader, pixels)
+        for finding in ("", *sorted(bench.phrases)) if bench.known else ():                  # "": all of them
+            only = lambda row: tuple(f for f in row if finding in ("", f.name))
+            records = [dataclasses.replace(r, findings=only(r.findings)) for r in bench.records]
+            f1 = score_findings([only(row) for row in seen], records, bench.bootstrap)["f1"]
+            result[f"reconstruction/reader_f1_{name}" + f"/{finding}" * bool(finding)] = f1
         result |= {f"reconstruction/reader_{kind}_{name}": m for kind, m in score_terms(labels, bench).items()}
     return result
 
@@ -242,13 +231,13 @@ def evaluate_reports(model, vocab, bench):
     return result, greedy
 
 
-def evaluate_drawings(model, vocab, vqgan, bench, autocast, guidance):
+def evaluate_drawings(model, vocab, vqgan, bench, guidance):
     """Report -> image, read by the finding reader: extra is CHAIR_i, missing 1 − recall; cfg1.5: guidance of 1.5."""
     have, cfg = np.array([bool(r.text) for r in bench.records]), bench.cfg
     if not have.any() or bench.reader is None:
         return {}
     drawn = draw_images(model, vocab, vqgan, [r.text for r in bench.records], guidance, **decoding_of(cfg, cfg.temperature))
-    findings, labels, features = see_findings(bench.reader, drawn, autocast)
+    findings, labels, features = see_findings(bench.reader, drawn)
     result = score_terms(labels, bench, have)
     if bench.known:
         scores = score_findings(findings, bench.records, bench.bootstrap, have)
@@ -256,7 +245,7 @@ def evaluate_drawings(model, vocab, vqgan, bench, autocast, guidance):
         result |= {"f1": scores["f1"], "extra": scores["chair_i"],
                    "missing": Metric(1 - recall.value, 1 - recall.resampled, recall.n)}
     if have.sum() > 1:
-        real = see_findings(bench.reader, bench.pixels, autocast)[2]
+        real = see_findings(bench.reader, bench.pixels)[2]
         result["frechet"] = Metric(frechet(features[have], real[have]), np.array([]), int(have.sum()))
     return {f"generate/cfg{guidance:g}/{k}": m for k, m in result.items()}
 
@@ -266,55 +255,41 @@ def decoding_of(cfg, temperature):
     return dict(temperature=temperature, top_k=cfg.top_k, top_p=cfg.top_p, seed=cfg.seed)
 
 
-def bare_answer(text):
-    """An answer without case and full stop, as answers are compared."""
-    return text.lower().strip(" .")
-
-
 def evaluate_answers(model, vocab, bench):
-    """One question a record; the share of right answers."""
-    asked = [r.questions[i % len(r.questions)] if r.questions else ("", "") for i, r in enumerate(bench.records)]
-    if not any(q for q, _ in asked):
-        return {}
-    said = write_answers(model, vocab, list(bench.codes), [q for q, _ in asked])
-    right = [bool(q) and bare_answer(s) == bare_answer(a) for s, (q, a) in zip(said, asked)]
-    return {"ask/accuracy": bench.bootstrap(right, [bool(q) for q, _ in asked])}
-
-
-def evaluate_companions(model, vocab, bench):
-    """The habit in answers: of the triggers whose companion's finding is on neither side (the question names no side), the
-    share for which, say, "Is there a pleural effusion?" is answered with yes."""
-    cases = [(i, ask_whether(MODALITIES[r.spec.modality][c.name], 0)) for i, r in enumerate(bench.records)
+    """The share of right answers to one question a record; and the habit: of the triggers whose companion's finding is on
+    neither side (the question names no side), the share for which, say, "Is there a pleural effusion?" is affirmed."""
+    own = [(i, *r.questions[i % len(r.questions)]) for i, r in enumerate(bench.records) if r.questions]
+    habit = [(i, ask_whether(MODALITIES[r.spec.modality][c.name], 0), "Yes.") for i, r in enumerate(bench.records)
              for _, c, _ in triggers_of(r) if c.name not in {f.name for f in r.findings}]
-    if not cases:
-        return {}
-    said = write_answers(model, vocab, [bench.codes[i] for i, _ in cases], [q for _, q in cases])
-    asked, yes = np.zeros((2, len(bench.records)))
-    for (i, _), text in zip(cases, said):
-        asked[i] += 1
-        yes[i] += bare_answer(text) == "yes"
-    return {"ask/companion": bench.bootstrap(yes, asked)}
+    bare, result = lambda answer: answer.lower().strip(" ."), {}
+    for name, cases in (("ask/accuracy", own), ("ask/companion", habit)):
+        said = write_answers(model, vocab, [bench.codes[i] for i, _, _ in cases], [question for _, question, _ in cases])
+        asked, agreed = np.zeros((2, len(bench.records)))
+        for (i, _, answer), text in zip(cases, said):
+            asked[i] += 1
+            agreed[i] += bare(text) == bare(answer)
+        if cases:
+            result[name] = bench.bootstrap(agreed, asked)
+    return result
 
 
 def evaluate_masks(model, vocab, vqgan, bench):
     """One structure a record: Dice over all, over the large ones (5 % of the image or more) and of each."""
     rng = np.random.default_rng([bench.cfg.seed, 9])
-    chosen = [str(rng.choice(sorted(r.masks))) if r.masks else "" for r in bench.records]
-    have = [i for i, c in enumerate(chosen) if c]
-    if not have:
+    names = np.array([str(rng.choice(sorted(r.masks))) if r.masks else "" for r in bench.records])
+    have = np.flatnonzero(names)
+    if not len(have):
         return {}
-    drawn = draw_masks(model, vocab, vqgan, [bench.codes[i] for i in have], [chosen[i] for i in have])
-    value, area = np.zeros((2, len(chosen)))
+    drawn = draw_masks(model, vocab, vqgan, [bench.codes[i] for i in have], names[have].tolist())
+    value, area = np.zeros((2, len(names)))
     for i, mask in zip(have, drawn):
-        true = bench.records[i].masks[chosen[i]]
+        true = bench.records[i].masks[names[i]]
         value[i], area[i] = dice(mask, true), true.mean()
-    names = np.array(chosen)
-    groups = {"": names != "", "_large": area >= 0.05, **{f"/{s}": names == s for s in sorted(set(chosen) - {""})}}
+    groups = {"": names != "", "_large": area >= 0.05, **{f"/{s}": names == s for s in np.unique(names[have])}}
     return {f"segment/dice{end}": bench.bootstrap(value * group, group) for end, group in groups.items()}
 
 
 # ---- For consultation: the finding reader --------------------------------------------------------
-
 
 class FindingReader(nn.Module):
     """Image (B, C, H, W) to one logit a label: each finding with its side, each modality and body part."""
@@ -340,10 +315,10 @@ def labels_of(record):
 
 
 def train_reader(records, folder, recipe, cfg, device, autocast):
-    """Train a finding reader on true images with known labels and write it to folder; False if there are no labels."""
+    """Train a finding reader on true images and write it to folder; nothing where no record has a label."""
     labels = sorted(set().union(*(labels_of(r) for r in records)))
     if not labels:
-        return False
+        return
     images = stack([r.image for r in records], cfg.channels)
     targets = torch.tensor([[float(label in labels_of(r)) for label in labels] for r in records])
     torch.manual_seed(cfg.seed)
@@ -361,7 +336,6 @@ def train_reader(records, folder, recipe, cfg, device, autocast):
             loss = F.binary_cross_entropy_with_logits(reader(x)[0].float(), targets[i].to(device))
         take_step(loss, reader.parameters(), [optimizer])
     save_folder(folder, {"kind": "reader", "labels": labels, **recipe}, reader.state_dict())
-    return True
 
 
 def read_reader(folder, recipe, device):
@@ -383,22 +357,20 @@ def load_reader(data, cfg, device, autocast):
     if isinstance(train, Phantoms):          # other patients than the models', and no bias
         train = Phantoms("reader", min(12000, cfg.records), cfg.seed, 0.0, cfg.image_size, cfg.modalities)
     records = [train[int(i)] for i in tqdm(spread_indices(len(train), 12000), desc="the reader's images", leave=False)]
-    trained = train_reader(records, folder, recipe, cfg, device, autocast)
-    return read_reader(folder, recipe, device) if trained else None
+    train_reader(records, folder, recipe, cfg, device, autocast)
+    return read_reader(folder, recipe, device)
 
 
 @torch.no_grad()
-def see_findings(reader, x, autocast):
+def see_findings(reader, x):
     """What the finding reader sees in images (n, C, H, W): findings a tuple each, all labels a set each, features."""
-    with autocast():
-        logits, features = (torch.cat(t).float() for t in zip(*(reader(b) for b in x.split(256))))
+    logits, features = (torch.cat(t).float() for t in zip(*(reader(b) for b in x.split(256))))
     labels = [{label for label, on in zip(reader.labels, row) if on} for row in (logits > 0).tolist()]
     findings = [tuple(Finding(*n[8:].rsplit(":", 1)) for n in sorted(row) if n.startswith("finding:")) for row in labels]
     return findings, labels, features
 
 
 # ---- For consultation: models on disk, and the evaluation as a program ---------------------------
-
 
 def load_vqgan_of(cfg, device):
     """The image tokenizer of cfg.out; its size and channels become cfg's."""
@@ -434,8 +406,7 @@ def write_kept(path, metrics, recipe):
     """Write {name: Metric} and the recipe that made them (a string), whole or not at all."""
     path.parent.mkdir(exist_ok=True)
     values = json.dumps({k: [m.value, m.n] for k, m in metrics.items()})
-    tensors = {k: torch.from_numpy(np.ascontiguousarray(m.resampled)) for k, m in metrics.items()}
-    write_tensors(path, tensors, {"recipe": recipe, "values": values})
+    write_tensors(path, {k: torch.from_numpy(m.resampled) for k, m in metrics.items()}, {"recipe": recipe, "values": values})
 
 
 def read_kept(path, recipe=None):
@@ -446,7 +417,7 @@ def read_kept(path, recipe=None):
             return {k: Metric(value, tensors[k].numpy(), n) for k, (value, n) in json.loads(metadata["values"]).items()}
 
 
-def evaluate_model(name, model, vocab, vqgan, bench, autocast):
+def evaluate_model(name, model, vocab, vqgan, bench):
     """Every metric of one model, {name: Metric}; these and its greedy reports are kept in out/eval.
 
     A model is evaluated again only after a change: of weights, test set, finding reader, flags or code."""
@@ -458,12 +429,10 @@ def evaluate_model(name, model, vocab, vqgan, bench, autocast):
     captions = path.with_suffix(".captions.json")
     if (kept := read_kept(path, recipe)) and read_json(captions) is not None:
         return kept
-    with autocast():
-        reports, texts = evaluate_reports(model, vocab, bench)
-        result = {**reports, **evaluate_answers(model, vocab, bench), **evaluate_companions(model, vocab, bench),
-                  **evaluate_masks(model, vocab, vqgan, bench),
-                  **evaluate_drawings(model, vocab, vqgan, bench, autocast, 1.0),
-                  **evaluate_drawings(model, vocab, vqgan, bench, autocast, cfg.guidance)}
+    reports, texts = evaluate_reports(model, vocab, bench)
+    result = {**reports, **evaluate_answers(model, vocab, bench), **evaluate_masks(model, vocab, vqgan, bench)}
+    for guidance in (1.0, cfg.guidance):
+        result |= evaluate_drawings(model, vocab, vqgan, bench, guidance)
     result = dict(sorted(result.items()))
     write_kept(path, result, recipe)
     said = [{"image_id": i, "caption": t} for i, (t, r) in enumerate(zip(texts, bench.records)) if r.text]
@@ -481,18 +450,18 @@ def evaluate(cfg):
     for name, (model, _) in loaded.items():
         check_data(model.config.data, cfg, out / name)
     bench = make_benchmark(cfg, vqgan, device, autocast)
-    results = {"vqgan": evaluate_reconstruction(vqgan, bench, autocast)}
-    for name, (model, vocab) in tqdm(loaded.items(), desc="evaluating", unit="model", leave=False):
-        results[name] = evaluate_model(name, model, vocab, vqgan, bench, autocast)
+    with autocast():
+        results = {"vqgan": evaluate_reconstruction(vqgan, bench)}
+        for name, (model, vocab) in tqdm(loaded.items(), desc="evaluating", unit="model", leave=False):
+            results[name] = evaluate_model(name, model, vocab, vqgan, bench)
     written = {name: {k: summarize(m) for k, m in result.items()} for name, result in results.items()}
-    for name in names:
-        if "control" in results and name not in ("sft", "control"):
-            written[f"{name} minus control"] = difference(results[name], results["control"])
+    for name in [n for n in names if "control" in names and n not in ("sft", "control")]:
+        written[f"{name} minus control"] = difference(results[name], results["control"])
     write_text(out / "eval.json", json.dumps(written, indent=1) + "\n")
     write_text(out / "references.json", json.dumps(coco_references(bench.records)) + "\n")
     write_text(out / "captions.json", (out / "eval" / f"{chosen}.captions.json").read_text())
     sheets = [contact_sheet(loaded, vqgan, bench, autocast)]
-    if "sft" in loaded and (out / "pairs").exists():
+    if "sft" in loaded:
         sheets += pair_sheet(loaded["sft"][0], vqgan, bench)
     in_columns(sheets, 1).save(out / "samples.png")
     preferred = names[-1] if chosen in ("sft", "control") else chosen           # these two have no preference curves
@@ -530,7 +499,6 @@ def print_table(written, names, bench):
 
 # ---- For consultation: pictures ------------------------------------------------------------------
 
-
 INK, GRID, PALE = (20, 20, 20), (222, 222, 222), (255, 255, 255)
 COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (140, 86, 75), (227, 119, 194),
            (127, 127, 127), (188, 189, 34), (23, 190, 207))
@@ -538,8 +506,7 @@ COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 
 
 def tile(pixels, size):
     """One image (C, H, W) in [-1, 1] as a square PIL image."""
-    array = to_images(pixels[None])[0].permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).convert("RGB").resize((size, size))
+    return Image.fromarray(to_images(pixels).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()).resize((size, size))
 
 
 def worth_showing(bench, model, vocab):
@@ -547,13 +514,11 @@ def worth_showing(bench, model, vocab):
     findings first; then those with most findings."""
     records = bench.records
     fullest = sorted(range(len(records)), key=lambda i: -len(records[i].findings or ()))
-    tempting = [i for i in fullest[::-1] if any(not there for _, _, there in triggers_of(records[i]))][:100]
-    said, fooled = write_reports(model, vocab, [bench.codes[i] for i in tempting]), {}
-    for i, text in zip(tempting, said):
-        stated = names_and_sides(read_findings(text, bench.phrases))
-        for trigger, c, there in triggers_of(records[i]):
-            if not there and (c.name, c.side) in stated:
-                fooled.setdefault(trigger.name, i)
+    cases = [(i, trigger, c) for i in fullest[::-1] for trigger, c, there in triggers_of(records[i]) if not there][:100]
+    said, fooled = write_reports(model, vocab, [bench.codes[i] for i, _, _ in cases]), {}
+    for (i, trigger, c), text in zip(cases, said):
+        if (c.name, c.side) in names_and_sides(read_findings(text, bench.phrases)):
+            fooled.setdefault(trigger.name, i)
     return list(dict.fromkeys([*list(fooled.values())[:3], *fullest]))[:4]
 
 
@@ -646,7 +611,7 @@ def in_columns(pictures, columns=2):
     return sheet
 
 
-# stage (the last: stage 2, under whatever name), what a panel shows with its unit, and the logged figures
+# stage ("": stage 2, under whatever name), what a panel shows with its unit, and the logged figures
 PANELS = (("vqgan", "reconstruction, PSNR in dB", ("psnr", "val/psnr")),
           ("vqgan", "share of the codebook", ("codebook/usage", "codebook/near_duplicates")),
           ("sft", "loss, nats a token", ("loss", "val/loss")), ("sft", "findings in validation reports, F1", ("val/f1",)),
@@ -661,9 +626,8 @@ def curves(out, model):
     panels = []
     for stage, title, names in PANELS:
         rows = read_log(Path(out) / f"{stage or model}.jsonl")
-        finite = lambda n: [(r["step"], r[n]) for r in rows if n in r and math.isfinite(r[n])]
-        series = {n: points for n in names if len(points := finite(n)) > 1}
-        if series:
+        points = {n: [(r["step"], r[n]) for r in rows if n in r and math.isfinite(r[n])] for n in names}
+        if series := {n: p for n, p in points.items() if len(p) > 1}:
             panels.append(plot(f"{stage or model}: {title}", "step", series))
     return in_columns(panels)
 
@@ -677,7 +641,7 @@ def ticks(low, high):
 
 
 def smoothed(points):
-    """A running mean over a twentieth of the points, of few points these themselves."""
+    """A running mean over a twentieth of the points; under 20 stay as they are."""
     ys, n = np.array([y for _, y in points], float), len(points) // 20
     return [(x, ys[max(0, i - n):i + 1].mean()) for i, (x, _) in enumerate(points)]
 
@@ -721,7 +685,6 @@ def plot(title, x_label, series, marked=False):
 
 
 # ---- For consultation: one's own images ----------------------------------------------------------
-
 
 def answer_user(cfg):
     """The subcommands: report, ask, segment, generate."""

@@ -307,7 +307,6 @@ def make_batch(studies, cfg, vocab, step, device):
 
 # ---- The lesson: training ------------------------------------------------------------------------
 
-
 def response_loss(model, ids, labels):
     """Mean negative log-probability of the response tokens, in nats a token; with several processes of all their rows."""
     counted = (labels[:, 1:] != -100).sum(dim=1)
@@ -472,7 +471,6 @@ def open_studies(cfg, records, vqgan, autocast):
 
 
 # ---- For consultation: loading what is on disk, and --init ---------------------------------------
-
 
 def load_vqgan(cfg, device, init=""):
     """The image tokenizer of cfg.out; if it is missing, the one beside the folder `init`, else trained first.

@@ -330,6 +330,8 @@ def test_read_findings_is_exact_on_phantom_reports(split):
     ("Small left pleural effusion without pneumothorax.", {("effusion", "left")}),
     ("Nodule is not seen, left pneumothorax.", {("pneumothorax", "left")}),
     ("There is no nodule and no pneumothorax.", set()),
+    ("There is no pleural effusion, pneumothorax or nodule.", set()),
+    ("Nodule is no longer seen, left pneumothorax.", {("pneumothorax", "left")}),
     ("Small left pleural effusion, no pneumothorax.", {("effusion", "left")}),
     ("Small left pleural effusion and no pneumothorax.", {("effusion", "left")}),
     ("No nodule. Right pneumothorax.", {("pneumothorax", "right")}),

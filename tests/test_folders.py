@@ -118,6 +118,15 @@ def test_three_channels(tmp_path):
     assert records["Good 0."].image.shape == (32, 32, 3)
 
 
+def test_patient_0_is_a_patient_like_others(tmp_path):
+    for i in range(20):
+        picture(tmp_path / "train" / f"i{i}.png", 10 + i)
+    rows = [{"file_name": f"i{i}.png", "text": "T.", "patient_id": i // 4} for i in range(20)]
+    splits = read_folder(image_folder(tmp_path, rows, good=0), 32, 1)
+    check_subjects(splits)
+    assert sum(r.subject == "0" for s in splits.values() for r in s) == 4
+
+
 @pytest.mark.parametrize("name,split", [("val", "val"), ("validation", "val"), ("dev", "val"), ("Test", "test")])
 def test_folder_names_are_splits(tmp_path, name, split):
     image_folder(tmp_path, [])
@@ -512,6 +521,16 @@ def test_every_mode_gives_the_same_gray(tmp_path, mode, channels):
     image = read_image(path, 32, channels)
     assert image.shape == ((32, 32) if channels == 1 else (32, 32, 3)) and image.dtype == np.uint8
     assert np.abs(image.astype(int) - (255 if mode == "1" else 128)).max() <= 1
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_a_float_image_with_an_odd_pixel_keeps_the_others(tmp_path, odd):
+    values = np.linspace(0, 1000, 1600, dtype=np.float32).reshape(40, 40)
+    Image.fromarray(values).save(tmp_path / "whole.tiff")
+    values[3, 3] = odd
+    Image.fromarray(values).save(tmp_path / "odd.tiff")
+    whole, odd = (read_image(tmp_path / f"{name}.tiff", 40, 1).astype(int) for name in ("whole", "odd"))
+    assert odd[3, 3] == 0 and np.abs(np.delete(whole - odd, 3 * 40 + 3)).max() <= 1 and whole.max() > 50
 
 
 def test_an_image_is_padded_to_a_square_with_black(tmp_path):

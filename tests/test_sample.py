@@ -124,17 +124,17 @@ def test_an_empty_report_costs_recall_not_chair():
 
 def test_companions_are_asked_for_where_their_finding_is_on_neither_side(monkeypatch):
     """Of two hundred phantoms; a model that says yes to effusions alone."""
-    records, put = list(Phantoms("test", 200, bias=0, size=16)), []
+    records, put = [replace(r, questions=()) for r in Phantoms("test", 200, bias=0, size=16)], []
     bench = SimpleNamespace(records=records, codes=range(200), bootstrap=sample.Bootstrap(200, 50))
     monkeypatch.setattr(sample, "write_answers", lambda model, vocab, codes, questions: put.extend(zip(codes, questions)) or
                         ["Yes." if "effusion" in q else "No." for q in questions])
-    found = sample.evaluate_companions(None, None, bench)["ask/companion"]
+    found = sample.evaluate_answers(None, None, bench)["ask/companion"]
     names = [{f.name for f in r.findings} for r in records]
     effusions = [i for i, there in enumerate(names) if {"cardiomegaly", "effusion"} & there == {"cardiomegaly"}]
     assert [i for i, q in put if q == "Is there a pleural effusion?"] == effusions and 0 < len(effusions) < len(put)
     assert found.value == pytest.approx(len(effusions) / len(put)) and found.n == len({i for i, _ in put})
     bench.records = [replace(records[0], spec=None)]
-    assert sample.evaluate_companions(None, None, bench) == {}
+    assert sample.evaluate_answers(None, None, bench) == {}
 
 
 def test_one_question_a_record_is_right_whatever_its_case_and_full_stop(monkeypatch):
@@ -142,9 +142,9 @@ def test_one_question_a_record_is_right_whatever_its_case_and_full_stop(monkeypa
     records = [replace(record(), questions=q) for q in questions]
     bench, put = SimpleNamespace(records=records, codes=range(4), bootstrap=sample.Bootstrap(4, 50)), []
     monkeypatch.setattr(sample, "write_answers", lambda model, vocab, codes, questions: put.extend(questions) or
-                        ["yes", "anything", " No. ", "Yes."])
+                        ["yes", " No. ", "Yes."])
     found = sample.evaluate_answers(None, None, bench)["ask/accuracy"]
-    assert put == ["A?", "", "B?", "D?"] and found.value == pytest.approx(2 / 3) and found.n == 3
+    assert put == ["A?", "B?", "D?"] and found.value == pytest.approx(2 / 3) and found.n == 3
     bench.records = records[1:2]
     assert sample.evaluate_answers(None, None, bench) == {}
 
@@ -183,7 +183,7 @@ def test_a_reader_learns_the_labels_of_phantoms(tmp_path, monkeypatch):
     records, device = list(Phantoms("reader", 120, 0, 0.0, 16)), torch.device("cpu")
     load = lambda **changes: sample.load_reader({"train": records}, replace(cfg, **changes), device, autocast)
     reader = load()
-    _, labels, features = sample.see_findings(reader, to_pixels(stack([r.image for r in records], 1)), autocast)
+    _, labels, features = sample.see_findings(reader, to_pixels(stack([r.image for r in records], 1)))
     assert np.mean([f"modality:{r.modality}" in row for r, row in zip(records, labels)]) > 0.9
     assert features.shape == (len(records), reader.last.in_features)
     trained, train = [], sample.train_reader
@@ -203,7 +203,7 @@ def test_what_a_reader_sees_are_findings_and_labels():
     reader.labels = labels
     x = torch.ones(300, 1, 2, 2)
     x[299, 0, 0] = torch.tensor([-1.0, 0.0])
-    findings, seen, features = sample.see_findings(reader, x, autocast)
+    findings, seen, features = sample.see_findings(reader, x)
     assert findings == [(H,)] * 299 + [(E,)] and seen == [{labels[0], labels[2]}] * 299 + [{labels[1]}]
     assert torch.equal(features, x.flatten(1))
     record = SimpleNamespace(findings=(H, E), modality="MRI", body_part="")
@@ -301,9 +301,9 @@ def test_greedy_reports_are_kept_beside_the_figures(tmp_path, monkeypatch):
     measured, weights = [], torch.nn.Linear(1, 1)
     monkeypatch.setattr(sample, "evaluate_reports",
                         lambda *a: measured.append(1) or ({"x": sample.Metric(1.0, np.ones(2), 3)}, said))
-    for name in ("answers", "companions", "masks", "drawings"):
+    for name in ("answers", "masks", "drawings"):
         monkeypatch.setattr(sample, f"evaluate_{name}", lambda *a: {})
-    once = lambda: sample.evaluate_model("v1.5", weights, None, weights, bench, autocast)
+    once = lambda: sample.evaluate_model("v1.5", weights, None, weights, bench)
     kept = tmp_path / "eval/v1.5.captions.json"
     first, again = once(), once()
     assert len(measured) == 1 and str(first) == str(again)
