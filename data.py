@@ -194,8 +194,8 @@ def phantom_spec(seed, split, index, bias, modalities=3):
 def draw(spec, size=64):
     """Image (size, size) uint8 and masks {structure: (size, size) bool} of a spec.
 
-    Anatomy, noise and each finding's place are drawn from generators of their own, so taking one
-    out changes nothing but it and what it moved."""
+    Anatomy, noise and each finding's place are drawn from generators of their own, so taking a
+    finding out changes nothing but it and what it moved."""
     look = spec.rng("look")
     canvas = Canvas(size, look.uniform(-0.06, 0.06))
     found = {f.name: SimpleNamespace(**vars(f), sign=SIGN.get(f.side), rng=spec.rng("place", f.name)) for f in spec.findings}
@@ -639,7 +639,7 @@ def read_image(path, size, channels, is_mask=False):
 def to_eight_bits(image):
     """A PIL image of any mode as L or RGB."""
     if image.mode.startswith(("I", "F")):
-        values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
+        values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0)
         # the depth is not written in the file: the least of 8, 12 and 16 bits that holds the largest value
         top = next((t for t in (1.0, 255.0, 4095.0, 65535.0) if values.max() <= t), values.max())
         return Image.fromarray((values.clip(min=0) / top * 255).round().astype(np.uint8))
@@ -887,7 +887,7 @@ MODALITY_PHRASES = {"CT": ("ct", "computed tomography"), "MRI": ("mri", "mr", "m
                     "radiograph": ("radiograph", "x ray", "xray", "cxr", "radiography")}
 BODY_PHRASES = {"abdomen": ("abdomen", "abdominal"), "breast": ("breast",), "chest": ("chest", "thorax", "lungs"),
                 "hand": ("hand",), "head": ("head", "brain", "skull")}
-DENIED = re.compile(r"\b(?:is|are|was|were) (?:not|no longer)\b")    # "is not seen" denies what stands before it
+DENIED = re.compile(r"(?<!\bthere )\b(?:is|are|was|were) (?:not|no longer)\b")    # "is not seen" denies what stands before it
 NEGATION = re.compile(r"\b(?:no|not|without|negative for|free of)\b")   # denies what follows
 
 

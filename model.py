@@ -493,7 +493,7 @@ class Stopped(BaseException):
 
 
 def stop(signum, frame):
-    """A signal's handler: a loop with a Log ends its step first; elsewhere, and at one 3 s later, all ends at once."""
+    """A signal's handler: a loop with a Log ends its step first; elsewhere, and at one over 3 s after the first, all ends at once."""
     log = Log.running
     if log is None or log.asked and time.time() - log.asked_at > 3:
         raise Stopped(signum)
@@ -1154,6 +1154,8 @@ def finish_stage(cfg, name):
         for path in partial.iterdir():
             if path.name.startswith(".tmp") or path.suffix == ".new":      # of a kill while writing; .tmp… are safetensors' own
                 path.unlink()
+            else:
+                sync(path)                     # the slow part, before the older folder goes
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(final, old)

@@ -492,9 +492,11 @@ def load_vqgan(cfg, device, init=""):
     return vqgan
 
 
-def load_gpt(folder, vqgan, device):
-    """A GPT folder and its vocabulary. Raises UserError if it was trained with another image tokenizer."""
-    model, vocab = GPT.from_pretrained(folder, device), Vocabulary.load(folder)
+def load_gpt(folder, vqgan, device, model=None):
+    """A GPT folder, or its model where that is read already, and its vocabulary.
+
+    Raises UserError if it was trained with another image tokenizer."""
+    model, vocab = model or GPT.from_pretrained(folder, device), Vocabulary.load(folder)
     if model.config.vqgan_hash != weights_hash(vqgan):
         raise UserError(f"{folder} was trained with another image tokenizer than the one in --out; "
                         "train it again, or bring back that image tokenizer")
@@ -533,7 +535,7 @@ def load_init(cfg, vqgan, device):
     torch.manual_seed(cfg.seed)
     model, first_new = GPT.from_pretrained(cfg.init, device), None
     if model.config.image_token_start is not None:
-        model, vocab = load_gpt(cfg.init, vqgan, device)
+        model, vocab = load_gpt(cfg.init, vqgan, device, model)
     else:
         vocab = extend_vocabulary(cfg.init, vqgan.config.codebook_size)
         first_new = vocab.eos                                # the first token that is not the folder's own

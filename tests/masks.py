@@ -4,10 +4,11 @@
     python -m tests.masks --table --results .github/results           the lab report's table, from masks.json
 
 This is the setting of RN-DPO (arXiv:2601.23222) at `--preset quick`: of 3,000 training phantoms 200 have masks, for
-instruction tuning and rehearsal alike; proposals are drawn of all. Every run has the mask term alone (λ_s = 0) and the same
-rehearsal. The two controls: that rehearsal alone, more SFT on the labelled few ("control"); and plain SFT on the proposals that
-the judge ranks first ("sft"). Margins of plain DPO are sums over all codes; its β is RN-DPO's divided by the mean number of codes
-in which the pairs' masks differ: about equal strength. Dice is measured every 25 steps, on test phantoms of seed 7."""
+instruction tuning and rehearsal alike; proposals are drawn of all. All runs but one have the same rehearsal (of its 2,400
+sequences some 60 are masks of the labelled few), and beside it the mask term alone. Three controls: that rehearsal alone
+("control"); in its place masks of the labelled few alone, plain SFT ("labelled"); beside it plain SFT on the proposals that the
+judge ranks first ("sft"). Margins of plain DPO are sums over all codes; its β is RN-DPO's divided by the mean number of codes in
+which the pairs' masks differ: about equal strength. Dice is measured every 25 steps, on test phantoms of seed 7."""
 
 import argparse
 import json
@@ -27,7 +28,8 @@ from vqgan import encode_images
 
 LABELLED, STEPS, EVERY, BETA = 200, 150, 25, 5.0
 SFT_FLAGS = "--report-share 0.3 --generate-share 0.1 --ask-share 0.1 --segment-share 0.5"      # else 200 masks are hardly learnt
-RECIPES = {"control": "--objective sft --sft-weight 0"} | {
+MASKS_ALONE = dict.fromkeys(dpo.REHEARSAL, 0.0) | {"segment": 1.0}
+RECIPES = dict.fromkeys(("control", "labelled"), "--objective sft --sft-weight 0") | {
     f"{loss}, {mining}, judge {noise:g}": f"--mining {mining} --judge-noise {noise} {flags}"
     for mining in ("top-bottom", "random") for noise in (0.0, 0.2, 0.4)
     for loss, flags in (("rndpo", f"--objective rndpo --sft-weight 0 --beta {BETA}"),
@@ -69,7 +71,7 @@ def dice_of(cfg):
     return measure
 
 
-def train_measured(flags, measure):
+def train_measured(flags, measure, rehearsal=dpo.REHEARSAL):
     """Run dpo.py with chosen masks in place of chosen reports and images; {step: Dice (n,)} at every saved state."""
     found, save_state, chosen = {}, dpo.save_state, ("mask_chosen",)
 
@@ -77,7 +79,7 @@ def train_measured(flags, measure):
         save_state(folder, step, models, *args, **progress)
         found[step] = measure(models[0])
 
-    with patch.multiple(dpo, save_state=save_and_measure, CHOSEN=chosen, chosen_of=lambda cfg: chosen):
+    with patch.multiple(dpo, save_state=save_and_measure, CHOSEN=chosen, chosen_of=lambda cfg: chosen, REHEARSAL=rehearsal):
         dpo.main(flags)
     return found
 
@@ -96,7 +98,7 @@ def mean_omega(cfg):
 
 
 def run_seed(out, seed):
-    """Train and measure every recipe of one seed: {recipe: {"dice": {step: mean}, "to_start" and "to_control": differences}}."""
+    """Train and measure every recipe of one seed: {recipe: {"dice": {step: mean}, "to_start" and others: differences}}."""
     data, size = out / f"phantoms{seed}", cli(dpo.DPOConfig, dpo.PRESETS, ["--preset", "quick"]).image_size
     if not data.exists():
         write_folder(out / f"phantoms{seed}.partial", seed, size)
@@ -113,7 +115,8 @@ def run_seed(out, seed):
         if "{matched}" in recipe:
             results[name]["omega"] = omega = mean_omega(config_of([*flags, *recipe.format(matched=BETA).split()]))
             recipe = recipe.format(matched=round(BETA / omega, 3))
-        dice[name] = found = train_measured([*flags, *recipe.split(), "--name", f"recipe{number}" if number else "control"], measure)
+        dice[name] = found = train_measured([*flags, *recipe.split(), "--name", f"recipe{number}" if number else "control"], measure,
+                                            MASKS_ALONE if name == "labelled" else dpo.REHEARSAL)
         last = bootstrap(found[STEPS])
         against = lambda other: sample.difference({"dice": last}, {"dice": bootstrap(other)})["dice"]
         results[name] |= {"dice": {str(s): round(float(d.mean()), 4) for s, d in found.items()},

@@ -331,6 +331,8 @@ def test_read_findings_is_exact_on_phantom_reports(split):
     ("Nodule is not seen, left pneumothorax.", {("pneumothorax", "left")}),
     ("There is no nodule and no pneumothorax.", set()),
     ("There is no pleural effusion, pneumothorax or nodule.", set()),
+    ("There is no longer a pleural effusion, pneumothorax or nodule.", set()),
+    ("There is not any pleural effusion, nodule or pneumothorax.", set()),
     ("Nodule is no longer seen, left pneumothorax.", {("pneumothorax", "left")}),
     ("Small left pleural effusion, no pneumothorax.", {("effusion", "left")}),
     ("Small left pleural effusion and no pneumothorax.", {("effusion", "left")}),

@@ -523,7 +523,7 @@ def test_every_mode_gives_the_same_gray(tmp_path, mode, channels):
     assert np.abs(image.astype(int) - (255 if mode == "1" else 128)).max() <= 1
 
 
-@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
 def test_a_float_image_with_an_odd_pixel_keeps_the_others(tmp_path, odd):
     values = np.linspace(0, 1000, 1600, dtype=np.float32).reshape(40, 40)
     Image.fromarray(values).save(tmp_path / "whole.tiff")

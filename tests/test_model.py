@@ -383,7 +383,7 @@ def test_a_choice_is_one_of_those_that_exist(program, field, capsys):
 
 
 @pytest.mark.parametrize("program, flag, good, bad", [
-    ("sft", "--seed", "0", "-1"), ("sft", "--bias", "1", "1.01"), ("sft", "--records", "1", "0"),
+    ("sft", "--seed", "0", "-1"), ("sft", "--seed", "4294967295", "4294967296"), ("dpo", "--beta", "1e-6", "0"), ("sft", "--bias", "1", "1.01"), ("sft", "--records", "1", "0"),
     ("sft", "--channels", "3", "2"), ("sft", "--preset", "base", "huge"), ("sft", "--dtype", "float32", "float16"),
     ("sft", "--lora-rank", "0", "-1"), ("sft", "--lora-dropout", "0.99", "1"), ("sft", "--lr", "0", "-0.001"),
     ("sft", "--lora-targets", "up_proj", "c_attn"), ("sft", "--empty-share", "1", "1.01"),

@@ -392,6 +392,8 @@ def test_the_sheet_of_pairs_shows_those_of_this_sft_model(trained):
     with torch.no_grad():
         model.model.norm.weight.add_(0.1)
     assert sample.pair_sheet(model, vqgan, bench) == []
+    bench.cfg.out = str(trained / "nothing is here")
+    assert sample.pair_sheet(model, vqgan, bench) == []
 
 
 def test_what_is_not_there_is_red_and_what_is_missed_is_named():
