@@ -3,11 +3,13 @@
     python -m tests.captions OUT                        score what `python sample.py --out OUT` wrote in COCO's format
     python -m tests.captions --base out                 adapt out/sft to phantoms of other patients, without language bias
     python -m tests.captions --base out --data DIR      ... to a folder of images and captions
+    ... --small out-small                               beside them a small model, out-small/sft, all of it adapted
     python -m tests.captions --table --results .github/results        the README's tables, from captioning.json
 
 The comparison is that of a captioning study (IEEE ICMI 2025, document 11141312). LoRA needs something to adapt, so
-every method starts from one model trained on phantoms (--base, its image tokenizer included) and sees the same images
-and reports for the same number of steps; questions, masks and drawings are left out. Each run is a process of its own,
+every method starts from one model trained on phantoms (--base, its image tokenizer included; the small one from --small, which
+has the same image tokenizer) and sees the same images and reports for the same number of steps; questions, masks and drawings
+are left out. Each run is a process of its own,
 so that its peak memory can be told. Runs that are there are not repeated. The methods take turns within a seed, so that
 what else the machine does hits all of them."""
 
@@ -245,6 +247,7 @@ def score_table(scores):
 
 METHODS = {"full": ["--lr", "2e-3", "--muon-lr", "1e-2"], "LoRA q,v": ["--lora-rank", "8", "--lr", "4e-3"],
            "LoRA all": ["--lora-rank", "8", "--lr", "4e-3", "--lora-targets", *LINEARS]}
+SMALL = "small, full"
 REPORTS = ["--report-share", "1", "--generate-share", "0", "--ask-share", "0", "--segment-share", "0",
            "--batch-size", "32"]
 ROWS = {k: v for k, v in CAPTIONS.items() if k not in ("bleu2", "bleu3")} | {
@@ -267,14 +270,15 @@ def adapt(folder, flags):
 
 def adapt_all(cfg, shape):
     """Train every method with every seed, unless it is there already: {folder: (method, what it cost)}."""
-    costs, base = {}, folder_hash(cfg.base / "sft")
+    costs, methods = {}, METHODS | ({SMALL: METHODS["full"]} if cfg.small else {})
     for seed in cfg.seeds:
-        for method, own in METHODS.items():
-            folder = cfg.out / f"{name_of(cfg)} {method} {seed}".replace(" ", "-")
-            flags = ["--init", cfg.base / "sft", "--preset", cfg.preset, "--data", cfg.data, "--bias", 0, *shape,
+        for method, own in methods.items():
+            base = (cfg.small if method == SMALL else cfg.base) / "sft"
+            folder = cfg.out / f"{name_of(cfg)} {method} {seed}".replace(", ", "-").replace(" ", "-")
+            flags = ["--init", base, "--preset", cfg.preset, "--data", cfg.data, "--bias", 0, *shape,
                      *REPORTS, *own, "--records", cfg.records, "--steps", cfg.steps, "--val-every", cfg.steps,
                      "--seed", 100 + seed]                 # phantoms are drawn from the seed: other patients than the base's
-            path, recipe = folder / "cost.json", {"base": base, "flags": list(map(str, flags))}
+            path, recipe = folder / "cost.json", {"base": folder_hash(base), "flags": list(map(str, flags))}
             kept = json.loads(path.read_text()) if path.exists() else {}
             if any(kept.get(k) != v for k, v in recipe.items()):
                 kept = adapt(folder, recipe["flags"]) | recipe
@@ -308,7 +312,9 @@ def compare(cfg):
     # all training first: a process starts with the peak memory of the one that calls it
     costs = adapt_all(cfg, ["--image-size", bench_cfg.image_size, "--channels", bench_cfg.channels])
     bench = sample.make_benchmark(bench_cfg, vqgan, device, autocast)
-    results = {"before": {k: [v] for k, v in score_model(cfg.base / "sft", bench, vqgan, device, autocast).items()}}
+    before = {"before": cfg.base} | ({"small, before": cfg.small} if cfg.small else {})
+    results = {name: {k: [v] for k, v in score_model(base / "sft", bench, vqgan, device, autocast).items()}
+               for name, base in before.items()}
     for folder, (method, cost) in costs.items():
         for metric, value in (cost | score_model(folder / "sft", bench, vqgan, device, autocast)).items():
             if metric in ROWS:
@@ -335,6 +341,7 @@ def main(argv=None):
     task.add_argument("folder", metavar="OUT", type=Path, nargs="?", help="folder whose captions are scored")
     task.add_argument("--base", type=Path, help="folder whose vqgan and sft are adapted")
     task.add_argument("--table", action="store_true", help="train nothing, show what the results hold")
+    parser.add_argument("--small", type=Path, help="folder of a smaller sft with the image tokenizer of --base, to be adapted as a whole")
     parser.add_argument("--data", default="", help="folder of images and captions; empty: phantoms of other patients")
     parser.add_argument("--out", type=Path, default=Path("out-captioning"), help="folder of the runs")
     parser.add_argument("--results", type=Path, help="folder of captioning.json (default: --out)")
