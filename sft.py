@@ -281,7 +281,8 @@ def collate(examples, pad, device="cpu"):
     [[-100, -100, 9, 4], [-100, 5, -100, -100]]."""
     ids = [torch.tensor([*prompt, *response]) for prompt, response in examples]
     labels = [torch.tensor([-100] * len(prompt) + [*response]) for prompt, response in examples]
-    return pad_sequence(ids, True, pad).to(device), pad_sequence(labels, True, -100).to(device)
+    return (pad_sequence(ids, batch_first=True, padding_value=pad).to(device),
+            pad_sequence(labels, batch_first=True, padding_value=-100).to(device))
 
 
 def pick_task(study, shares, rng):
@@ -365,8 +366,7 @@ def train(cfg):
         raise UserError(f"--resume: {folder} was started from another {cfg.init}; leave out --resume")
     start, best_score = progress.get("step", 0), progress.get("best_score", -float("inf"))
     log = Log(f"{cfg.out}/sft.jsonl", "sft", cfg.steps, start)
-    save = lambda step: save_state(folder, step, [trained], optimizers, best_score=best_score, flags=run_flags(cfg),
-                                   base=base_hash)
+    save = lambda step: save_state(folder, step, [trained], optimizers, best_score=best_score, flags=run_flags(cfg), base=base_hash)
     for step in range(start, cfg.steps):
         set_lr(optimizers, get_lr(step, cfg.steps, warmup=40))
         torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike

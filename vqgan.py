@@ -161,6 +161,11 @@ class VectorQuantizer(nn.Module):
         """codes (B, h·w) to z_q (B, D, h, w)."""
         return self.rows()[codes].unflatten(1, (h, -1)).permute(0, 3, 1, 2)
 
+    def count(self, codes):
+        """Note which codes a batch used."""
+        self.idle += 1
+        self.idle[codes.unique()] = 0
+
     @torch.no_grad()
     def renew(self, z, patience):
         """Move every code unused for `patience` steps onto a random vector of z; returns how many."""
@@ -362,8 +367,7 @@ def train(cfg):
                 d_loss = d_hinge_loss(disc(x)[0].float(), disc(x_rec.detach())[0].float())
             take_step(d_loss / processes(), disc.parameters(), [d_optimizer])
 
-        vqgan.quantizer.idle += 1
-        vqgan.quantizer.idle[gather(codes).unique()] = 0
+        vqgan.quantizer.count(gather(codes))
         if step % cfg.renew_every == 0 and step < 0.7 * cfg.steps:       # the rest settles
             torch.manual_seed(cfg.seed + step)                          # a resumed run draws alike
             vqgan.quantizer.renew(gather(z.detach()), cfg.renew_every)
