@@ -493,7 +493,7 @@ class Stopped(BaseException):
 
 
 def stop(signum, frame):
-    """A signal's handler: a loop with a Log ends its step first; elsewhere, and at one over 3 s after the first, all ends at once."""
+    """A signal's handler: a loop with a Log ends its step first; elsewhere, or if asked again after 3 s, all ends at once."""
     log = Log.running
     if log is None or log.asked and time.time() - log.asked_at > 3:
         raise Stopped(signum)
@@ -945,7 +945,7 @@ def fits(value, kind):
 def load_weights(make, tensors, folder):
     """make()'s model with copies of these tensors; a mismatch of names or sizes is the user's to mend.
 
-    Copies, as read ones are mapped to a file; made on the meta device, where a config.json costs no memory."""
+    Copied, as tensors that were read are mapped to a file; made on the meta device, where a config.json costs no memory."""
     with refuse(f"{folder}: weights and config.json do not belong together", "bring back those that do"):
         with torch.device("meta"):
             model = make()
@@ -1032,7 +1032,7 @@ def weights_hash(model):
 
 
 def folder_hash(folder):
-    """Another such name, of a model folder's files: adapters or shards."""
+    """Twelve hex digits that name a folder's weights: adapters or shards too."""
     digests = [digest_of(read_tensors(path), {}) for path in sorted(Path(folder).glob("*model*.safetensors"))]
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
 

@@ -582,7 +582,7 @@ def contact_sheet(loaded, vqgan, bench, autocast):
 
 
 def pair_sheet(model, vqgan, bench):
-    """Two pairs of out/pairs: the genuine study, its twin, and what the SFT model wrote; [] if of another one or none."""
+    """Two pairs of out/pairs: the genuine study, its twin, and what the SFT model wrote; [] if none are this model's."""
     folder = Path(bench.cfg.out) / "pairs"
     recipe = read_json(folder / "config.json")
     is_of_model = isinstance(recipe, dict) and recipe.get("sft") == weights_hash(model)

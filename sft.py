@@ -493,7 +493,7 @@ def load_vqgan(cfg, device, init=""):
 
 
 def load_gpt(folder, vqgan, device, model=None):
-    """A GPT folder, or its model where that is read already, and its vocabulary.
+    """Model and vocabulary of a GPT folder; `model`: where it is read already.
 
     Raises UserError if it was trained with another image tokenizer."""
     model, vocab = model or GPT.from_pretrained(folder, device), Vocabulary.load(folder)

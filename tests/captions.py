@@ -309,7 +309,7 @@ def compare(cfg):
     device, autocast = init_run(bench_cfg)
     vqgan = VQGAN.from_pretrained(cfg.base / "vqgan", device)
     bench_cfg.image_size, bench_cfg.channels = vqgan.config.image_size, vqgan.config.channels
-    # all training first: a process starts with the peak memory of the one that calls it
+    # all training first: a child's peak memory starts at its parent's
     costs = adapt_all(cfg, ["--image-size", bench_cfg.image_size, "--channels", bench_cfg.channels])
     bench = sample.make_benchmark(bench_cfg, vqgan, device, autocast)
     before = {"before": cfg.base} | ({"small, before": cfg.small} if cfg.small else {})

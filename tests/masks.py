@@ -4,8 +4,8 @@
     python -m tests.masks --table --results .github/results           the lab report's table, from masks.json
 
 This is the setting of RN-DPO (arXiv:2601.23222) at `--preset quick`: of 3,000 training phantoms 200 have masks, for
-instruction tuning and rehearsal alike; proposals are drawn of all. All runs but one have the same rehearsal (of its 2,400
-sequences some 60 are masks of the labelled few), and beside it the mask term alone. Three controls: that rehearsal alone
+instruction tuning and rehearsal alike; proposals are drawn of 800. All runs but "labelled" have the same rehearsal (of its
+2,400 sequences some 60 are masks of the labelled few), the preferences the mask term beside it. Three controls: that rehearsal alone
 ("control"); in its place masks of the labelled few alone, plain SFT ("labelled"); beside it plain SFT on the proposals that the
 judge ranks first ("sft"). Margins of plain DPO are sums over all codes; its β is RN-DPO's divided by the mean number of codes in
 which the pairs' masks differ: about equal strength. Dice is measured every 25 steps, on test phantoms of seed 7."""
@@ -72,7 +72,7 @@ def dice_of(cfg):
 
 
 def train_measured(flags, measure, rehearsal=dpo.REHEARSAL):
-    """Run dpo.py with chosen masks in place of chosen reports and images; {step: Dice (n,)} at every saved state."""
+    """Run dpo.py, its plain SFT on chosen masks, not reports and images; {step: Dice (n,)} at every saved state."""
     found, save_state, chosen = {}, dpo.save_state, ("mask_chosen",)
 
     def save_and_measure(folder, step, models, *args, **progress):
