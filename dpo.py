@@ -542,8 +542,8 @@ def pick_pairs(pairs, cfg, step):
         order = np.random.default_rng([cfg.seed, 13]).permutation(len(pairs))
         if cfg.curriculum != "shuffled":
             order = np.argsort([p.entropy for p in pairs], kind="stable")[::-1 if cfg.curriculum == "hard-first" else 1]
-        thirds = np.array_split(order, min(3, len(pairs)))
-        pool = thirds[len(thirds) * step // cfg.steps]
+        thirds = np.array_split(np.resize(order, max(3, len(order))), 3)       # fewer than three pairs come again
+        pool = thirds[3 * step // cfg.steps]
     return pool[batch_indices(len(pool), cfg.batch_size, step, cfg.seed)]
 
 
@@ -583,7 +583,7 @@ def contrast_metrics(ratios, policy_sums, contrasts, cfg):
                   f"rewards_{name}/rejected": cfg.beta * ratios[rejected].whole,
                   f"rewards_{name}/margins": contrast.margin, f"rewards_{name}/accuracies": (contrast.margin > 0).float(),
                   f"logps_{name}/chosen": policy_sums[chosen].whole, f"logps_{name}/rejected": policy_sums[rejected].whole}
-        result |= {k: masked_mean(v.detach(), contrast.keep) for k, v in values.items()}
+        result |= {k: masked_mean(v, contrast.keep) for k, v in values.items()}
     return result
 
 

@@ -380,14 +380,14 @@ def train(cfg):
             with autocast():
                 held_out = validate(model, val, tasks, vocab, phrases)
             score = held_out.get("val/f1", -held_out["val/loss"])
-            log(step, ("loss", "val/loss", "val/f1"), loss=loss.detach(), grad_norm=grad_norm, **held_out)
+            log(step, ("loss", "val/loss", "val/f1"), loss=loss, grad_norm=grad_norm, **held_out)
             if score >= best_score:                          # the folder keeps the best model, its state is the last
                 best_score = score
                 save_tuned(folder, model, cfg, adapter)
             save(step + 1)
             log.warn(len(val) > 1 and held_out.get("val/distinct_reports") == 1, "every report is the same; it may yet learn to look")
         elif step % cfg.log_every == 0:
-            log(step, ("loss",), loss=loss.detach(), grad_norm=grad_norm, lr=optimizers[-1].param_groups[0]["lr"])
+            log(step, ("loss",), loss=loss, grad_norm=grad_norm, lr=optimizers[-1].param_groups[0]["lr"])
         if log.stopping:
             save(step + 1)
             log.close()                                      # raises Stopped

@@ -636,6 +636,8 @@ def test_the_curriculum_takes_one_third_after_the_other():
     assert seen("hard-first") == seen("easy-first")[::-1]
     assert seen("shuffled")[::3] not in (seen("easy-first")[::3], seen("hard-first")[::3])
     assert sorted(sum(seen("shuffled")[::3], [])) == list(range(6))
+    two = [dpo.pick_pairs(pairs[:2], config("mfpo", "--steps", "6", "--batch-size", "1"), step)[0] for step in range(6)]
+    assert two == [1, 1, 0, 0, 1, 1]                                    # fewer than three pairs come again, in this order
     plain = config("dpo", "--batch-size", "3")
     assert sorted(np.concatenate([dpo.pick_pairs(pairs, plain, step) for step in (0, 1)])) == list(range(6))
 

@@ -94,7 +94,7 @@ def test_the_decoder_answers_as_the_model_does_piece_by_piece(head, chunks):
     assert torch.equal(decoder.prompts, ids[:, :chunks[0]])
     for part in ids.split(chunks, dim=1):
         logits, seen = decoder(part), seen + part.size(1)
-        assert_close(logits, expected[:, seen - 1], atol=1e-5, rtol=0)
+        assert_close(logits, expected[:, seen - 1], atol=1e-4, rtol=0)       # logits of up to 7, as to transformers above
 
 
 def test_padding_on_the_left_changes_no_logit_of_the_decoder(gpt):
