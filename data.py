@@ -471,7 +471,7 @@ class Canvas:
 
 
 def draw_chest(c, found, a):
-    """A frontal radiograph: body, lungs, ribs, heart, then the findings in the order of the table."""
+    """A frontal radiograph: body, lungs, ribs, heart, then the findings, a nodule last."""
     width, base = a.uniform(0.30, 0.36), a.uniform(0.55, 0.65)
     c.paint(c.ellipse(0, 0.35, a.uniform(0.92, 1.0), 1.5), a.uniform(0.55, 0.65))
     lungs = {}

@@ -91,7 +91,7 @@ class DPOConfig(TuneConfig):
                           "(habit); that one without the question", choices=("distorted", "own", "habit", "no-question"))
     pair_temperature: float = arg(1.0, "temperature of the SFT model's reports and masks")
     flip_pairs: float = arg(0.0, "share of pairs whose two reports or masks are compared the wrong way round, as in noisy data "
-                            "(and so logged); all other terms stay as they are", most=1)
+                            "(and logged in margins and accuracies); all other terms stay as they are", most=1)
     keep_agreeing: bool = arg(False, "compare reports that state the same, too, as data that nobody has checked would")
     label_smoothing: float = arg(0.0, "dpo: share of pairs taken to be the wrong way round (conservative DPO)", most=0.5)
     curriculum: str = arg("none", "pairs in three thirds, each with its own learning-rate schedule: by semantic entropy, easy-first "

@@ -560,7 +560,7 @@ class RunConfig:
                       most=1)
     records: int = arg(16000, "phantoms: training records")
     modalities: int = arg(3, "phantoms: kinds of image; 1: chest radiographs, 2: head CTs too, 3: brain MRIs too", most=3)
-    image_size: int = arg(64, "height and width of every image, in pixels; a multiple of 8 (base: of 16)", most=4096)
+    image_size: int = arg(64, "height and width of every image, in pixels; a multiple of 8 (quick: 4, base: 16)", most=4096)
     channels: int = arg(1, "1: gray, 3: RGB", choices=(1, 3))
     device: str = arg("auto", "auto (cuda if present), cpu, cuda or cuda:1")
     dtype: str = arg("auto", "autocast: auto (bfloat16 where the hardware has it), bfloat16 or float32",

@@ -11,7 +11,7 @@ count. A tenth of the drawing prompts are emptied: classifier-free guidance need
 The lesson, in order: the joint vocabulary and the prompts of the tasks; the four ways to use a model; examples
 and batches; training. For consultation: what is on disk, --init.
 
-A healthy log: loss falls from about 7.2, the log of the vocabulary's size, to under 2 (image codes hold most of what
+A healthy log: loss falls from about 7, the log of the vocabulary's size, to under 2 (image codes hold most of what
 remains); val/f1, the finding F1 of greedy reports on held-out records, climbs late and then steeply. The checkpoint with
 the best val/f1 is kept, as val/loss rises again much earlier (where findings are unknown: that with the lowest val/loss).
 """
@@ -56,7 +56,7 @@ class SFTConfig(TuneConfig):
     empty_share: float = arg(0.1, "share of generation prompts that are emptied, for guidance", most=1)
     val_every: int = arg(260, "steps between validations")
     val_records: int = arg(256, "held-out records in a validation")
-    text_vocab: int = arg(800, "text tokens, the 256 bytes and 5 special ones among them", least=261)
+    text_vocab: int = arg(800, "text tokens at most, the 256 bytes and 5 special ones among them", least=261)
     log_every: int = arg(20, "steps between log lines")
     resume: bool = arg(False, "go on from the last saved state")
 
@@ -101,7 +101,7 @@ class Vocabulary:
 
     @classmethod
     def train(cls, texts, codebook_size, text_size=800):
-        """Learn text_size tokens of text, SPECIALS among them, from an iterable of strings; add one an image code."""
+        """Learn up to text_size tokens of text, SPECIALS among them, from an iterable of strings; add one an image code."""
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()

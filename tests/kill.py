@@ -2,7 +2,7 @@
 
     python -m tests.kill --chains 20               # about a hundred kills, half an hour
 
-Each chain is `dpo.py --preset tiny`, its control and an evaluation; two to eight times it is killed (SIGKILL) at a moment drawn
+Each chain is `dpo.py --preset tiny`, its control and an evaluation; up to eight times it is killed (SIGKILL) at a moment drawn
 from --seed, then goes on with --resume. Weights, states, pairs, logs and figures are compared with a chain that was left alone."""
 
 import argparse

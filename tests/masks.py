@@ -5,7 +5,7 @@
 
 This is the setting of RN-DPO (arXiv:2601.23222) at `--preset quick`: of 3,000 training phantoms 200 have masks, for
 instruction tuning and rehearsal alike; proposals are drawn of 800. All runs but "labelled" have the same rehearsal (of its
-2,400 sequences some 60 are masks of the labelled few), the preferences the mask term beside it. Three controls: that rehearsal alone
+2,400 sequences some 50 are masks of the labelled few), the preferences the mask term beside it. Three controls: that rehearsal alone
 ("control"); in its place masks of the labelled few alone, plain SFT ("labelled"); beside it plain SFT on the proposals that the
 judge ranks first ("sft"). Margins of plain DPO are sums over all codes; its β is RN-DPO's divided by the mean number of codes in
 which the pairs' masks differ: about equal strength. Dice is measured every 25 steps, on test phantoms of seed 7."""
