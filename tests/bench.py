@@ -3,7 +3,7 @@
 Each row does one kind of work at the shapes of `small`, in float32 and, where the hardware has it, in bfloat16; on the GPU
 where there is one. `growth` shows time and memory against length and vocabulary. Where a peer is installed (`pip install transformers trl datasets
 vector-quantize-pytorch`; none is needed) it does the same work in the same process, the two in turn, A B A B, and the
-ratio of their medians is printed: a busy machine slows both. Peak memory is that of a process of its own."""
+ratio of their medians is printed: a busy machine slows both. `growth` measures memory in a process of its own a case."""
 
 import argparse
 import copy

@@ -4,7 +4,7 @@
     python -m tests.captions --base out                 adapt out/sft to phantoms of other patients, without language bias
     python -m tests.captions --base out --data DIR      ... to a folder of images and captions
     ... --small out-small                               beside them a small model, out-small/sft, all of it adapted
-    python -m tests.captions --table --results .github/results        the README's tables, from captioning.json
+    python -m tests.captions --table --results .github/results        the lab report's tables, from captioning.json
 
 The comparison is that of a captioning study (IEEE ICMI 2025, document 11141312). LoRA needs something to adapt, so
 every method starts from one model trained on phantoms (--base, its image tokenizer included; the small one from --small, which

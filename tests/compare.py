@@ -2,14 +2,14 @@
 
     python -m tests.compare                                       the whole comparison; goes on where it stopped
     python -m tests.compare --bias 0.9 --seeds 0 --recipes control bidpo      a part of it
-    python -m tests.compare --table --results .github/results     only the tables and the picture, here the README's
+    python -m tests.compare --table --results .github/results     only the tables and the picture, here the lab report's
     ... --bias 0 --seeds 0                                        of one unit, including recipes that it alone has
     python -m tests.compare --eval out-0 out-1 out-2              evaluations, one a seed: figures, and the habits' table
     python -m tests.compare --eval out-0/eval.json ...            the figures alone; result files do as well
 
 A unit is one benchmark (--bias) and one seed: its own data, SFT model and pairs. Units share the image tokenizer and the
 finding reader; recipes share everything else. Each unit's figures, a part of its eval.json, go to --results, the picture
-beside that folder, the tables to standard output. The README's are in .github/results. Hours on two cores; two units run
+beside that folder, the tables to standard output. The lab report's are in .github/results. Hours on two cores; two units run
 side by side in two shells with OMP_NUM_THREADS=1. Only the programs' own functions do the work."""
 
 import argparse

@@ -1,4 +1,4 @@
-"""The README's pictures, from trained models: `python -m tests.pictures OUT --to .github`. pytest does not collect this file.
+"""Pictures of the README and the lab report, from trained models: `python -m tests.pictures OUT --to .github`. pytest does not collect this file.
 
     method.png      a study and its twin, the two directions, the six contrasts
     codebook.png    what each code of the image tokenizer draws, and how often the test images use it
