@@ -1,4 +1,6 @@
-"""Pictures of the README and the lab report, from trained models: `python -m tests.pictures OUT --to .github`. pytest does not collect this file.
+"""Pictures of the README and the lab report, from trained models; pytest does not collect this file.
+
+    python -m tests.pictures OUT --to .github
 
     method.png      a study and its twin, the two directions, the six contrasts
     codebook.png    what each code of the image tokenizer draws, and how often the test images use it
