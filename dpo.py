@@ -542,7 +542,7 @@ def pick_pairs(pairs, cfg, step):
         order = np.random.default_rng([cfg.seed, 13]).permutation(len(pairs))
         if cfg.curriculum != "shuffled":
             order = np.argsort([p.entropy for p in pairs], kind="stable")[::-1 if cfg.curriculum == "hard-first" else 1]
-        thirds = np.array_split(np.resize(order, max(3, len(order))), 3)       # fewer than three pairs come again
+        thirds = np.array_split(np.resize(order, max(3, len(order))), 3)       # one or two pairs are repeated
         pool = thirds[3 * step // cfg.steps]
     return pool[batch_indices(len(pool), cfg.batch_size, step, cfg.seed)]
 
