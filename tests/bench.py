@@ -3,7 +3,7 @@
 Each row does one kind of work at the shapes of `small`, in float32 and, where the hardware has it, in bfloat16; on the GPU
 where there is one. `growth` shows time and memory against length and vocabulary. Where a peer is installed (`pip install transformers trl datasets
 vector-quantize-pytorch`; none is needed) it does the same work in the same process, the two in turn, A B A B, and the
-ratio of their medians is printed: a busy machine slows both. `growth` measures memory in a process of its own a case."""
+ratio of their medians is printed: a busy machine slows both. Each case of `growth` runs in a process of its own, for its memory."""
 
 import argparse
 import copy
@@ -110,13 +110,13 @@ def stage1(autocast):
     ids, tokens = ids.clamp(max=1316), int((labels != -100).sum())
     real = int(sum((row != -100).nonzero().max() + 1 for row in labels))                  # tokens that are no padding
 
-    def step_of(gpt):
-        optimizers = make_optimizers(gpt, 1e-3, 1e-3, 0.1, autocast)
+    def step_of(model):
+        optimizers = make_optimizers(model, 1e-3, 1e-3, 0.1, autocast)
 
         def step():
             with autocast():
-                loss = -per_token_logps(gpt, ids, labels).sum() / tokens
-            take_step(loss, gpt.parameters(), optimizers, clip=1.0)
+                loss = -per_token_logps(model, ids, labels).sum() / tokens
+            take_step(loss, model.parameters(), optimizers, clip=1.0)
         return step
 
     work = both(step_of, gpt, real)
@@ -168,16 +168,16 @@ def stage2(autocast, once=True):
     with torch.no_grad():
         reference = sum_logps(gpt, ids, labels, families, sequences)
 
-    def step_of(gpt):
-        optimizers = make_optimizers(gpt, 1e-4, 1e-4, 0.0, autocast)
+    def step_of(model):
+        optimizers = make_optimizers(model, 1e-4, 1e-4, 0.0, autocast)
 
         def step():
             with autocast():
                 if not once:
                     with torch.no_grad():
-                        sum_logps(gpt, ids, labels, families, sequences)
-                policy = sum_logps(gpt, ids, labels, families, sequences)
-            take_step(objective_loss(log_ratios(policy, reference, every), keep, cfg)[0], gpt.parameters(), optimizers, clip=1.0)
+                        sum_logps(model, ids, labels, families, sequences)
+                policy = sum_logps(model, ids, labels, families, sequences)
+            take_step(objective_loss(log_ratios(policy, reference, every), keep, cfg)[0], model.parameters(), optimizers, clip=1.0)
         return step
 
     with autocast():

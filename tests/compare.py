@@ -82,10 +82,10 @@ OF_CLAIMS = [*BETWEEN[:4], "ask/companion", "ask/accuracy", "generate/cfg1/f1", 
 THERE = "companion there, and rightly stated"
 
 
-def run_unit(out, shared, bias, seed, recipes, preset):
+def run_unit(out, shared, bias, seed, recipes, preset, compiled=False):
     """Train and evaluate the recipes of one unit; what is already there is kept. Returns its results."""
     flags = ["--out", str(out), "--preset", preset]
-    data = ["--bias", str(bias), "--seed", str(seed)]
+    data = ["--bias", str(bias), "--seed", str(seed), *["--compile"] * compiled]
     wanted = {name: [*flags, *data, *RECIPES[name].split(), "--name", name, "--resume"] for name in recipes}
     for name in [n for n in recipes if (out / n).exists()]:
         check_kept(out / name, wanted[name])
@@ -364,6 +364,7 @@ def main(argv=None):
                         help="recipes; by default " + " ".join(TABLE) + "; to test the papers' claims " + " ".join(CLAIMS))
     parser.add_argument("--preset", default="small", choices=("tiny", "quick", "small"),
                         help="tiny: seconds, for tests; quick: about a minute a recipe (default: small)")
+    parser.add_argument("--compile", action="store_true", help="compile the GPT's blocks, as sft.py and dpo.py do")
     parser.add_argument("--table", action="store_true", help="train nothing, show what the results hold")
     parser.add_argument("--eval", type=Path, nargs="+", metavar="PATH",
                         help="train nothing, show evaluations, one a seed: folders of sample.py, eval.json or result files")
@@ -374,7 +375,7 @@ def main(argv=None):
     for seed in [] if cfg.table else cfg.seeds:
         for bias in cfg.bias:
             unit = f"bias{bias:g}-seed{seed}"
-            results = run_unit(cfg.out / unit, cfg.out / "shared", bias, seed, cfg.recipes, cfg.preset)
+            results = run_unit(cfg.out / unit, cfg.out / "shared", bias, seed, cfg.recipes, cfg.preset, cfg.compile)
             path = cfg.results / f"{unit}.json"
             write_results(path, (json.loads(path.read_text()) if path.exists() else {}) | results)
     everything = read_results(cfg.results)
