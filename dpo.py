@@ -79,7 +79,7 @@ class DPOConfig(TuneConfig):
     objective: str = arg("bidpo", "bidpo, dpo, mdpo, mfpo, napo, rndpo; sft: the control, chosen sequences alone",
                          choices=("bidpo", "dpo", "mdpo", "mfpo", "napo", "rndpo", "sft"))
     name: str = arg("", "folder under --out for the result; empty: the objective's name, control for --objective sft")
-    steps: int = arg(300, "optimizer steps")
+    steps: int = arg(600, "optimizer steps")
     batch_size: int = arg(16, "pairs a step", most=65536)
     pairs: int = arg(4800, "pairs to build, from as many training records")
     distort: tuple = arg(("remove",), "kinds of distortion, one per record, drawn evenly: " + " ".join(DISTORTIONS),
