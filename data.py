@@ -403,7 +403,7 @@ def distort(record, records, kind, strength, rng, region=None):
     region-noise       adds noise inside one finding's mask; where no finding has one, inside region(), a mask (H, W)
                        or None that the caller finds ("model-region-noise"); else everywhere ("noise").
     remove/add/mirror  draw a phantom again with one finding taken out, put in or moved across; add stands in for the others.
-                       In a real image remove fills one finding's mask, mirror flips the image.
+                       In a real image remove fills one finding's mask; mirror flips the image if a finding has a side.
     other              takes the image of another record that states something else; it stands in for all else."""
     if kind in PIXEL_DISTORTIONS:
         return Twin(PIXEL_DISTORTIONS[kind](record.image, rng, strength), kind)
@@ -424,7 +424,7 @@ def distort(record, records, kind, strength, rng, region=None):
         if mask is None:
             return Twin(noise, "noise")
         return Twin(np.where(mask if noise.ndim == 2 else mask[..., None], noise, record.image), kind)
-    if kind == "mirror":
+    if kind == "mirror" and any(f.side in OPPOSITE for f in record.findings or ()):      # else nothing that is said changes
         return Twin(flip(record.image, rng, strength), kind)
     for _ in range(20):
         another = records[int(rng.integers(len(records)))]
