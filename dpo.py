@@ -82,7 +82,7 @@ class DPOConfig(TuneConfig):
     steps: int = arg(600, "optimizer steps")
     batch_size: int = arg(16, "pairs a step", most=65536)
     pairs: int = arg(4800, "pairs to build, from as many training records")
-    distort: tuple = arg(("remove", "remove", "remove", "mirror"), "kinds of distortion, one per record, drawn evenly from "
+    distort: tuple = arg(("remove",), "kinds of distortion, one per record, drawn evenly from "
                          "these (one named twice comes twice as often): " + " ".join(DISTORTIONS), choices=DISTORTIONS)
     candidates: int = arg(4, "distorted images to try for a pair; the one that the SFT model notices least is taken")
     strength: int = arg(500, "noise and region-noise: DDPM step, 1 to 1000", most=1000)
@@ -103,7 +103,7 @@ class DPOConfig(TuneConfig):
     judge_noise: float = arg(0.0, "rndpo: share of the judge's comparisons that come out wrong", most=1)
     mining: str = arg("top-bottom", "rndpo: best against worst proposal, or a random two", choices=("top-bottom", "random"))
     normalise: bool = arg(False, "take image and mask margins over the codes that differ, per code (rndpo: on)")
-    beta: float = arg(0.25, "preference strength β, per nat (dpo, mdpo, mfpo, napo: 0.1; rndpo: 5)", least=1e-6)
+    beta: float = arg(0.5, "preference strength β, per nat (dpo, mdpo, mfpo, napo: 0.1; rndpo: 5)", least=1e-6)
     text_weight: float = arg(0.5, "λ of text (dpo, mdpo, mfpo: 1; napo: 0.04)")
     image_weight: float = arg(0.1, "λ of image")
     text_given_weight: float = arg(2.0, "λ of text_given (mdpo, mfpo: 1)")
@@ -131,7 +131,7 @@ class DPOConfig(TuneConfig):
 
 
 PRESETS = {"tiny": dict(steps=12, batch_size=4, pairs=32, rehearsal_size=4, proposals=3, save_every=4), "small": {},
-           "quick": dict(steps=60, pairs=800, candidates=3, rehearsal_size=16, distort=("remove",), beta=0.5),
+           "quick": dict(steps=60, pairs=800, candidates=3, rehearsal_size=16),
            "base": dict(steps=2000, batch_size=32, pairs=40000, lr=1e-4, muon_lr=5e-4)}
 GENTLE = dict(sft_weight=0.5, rehearsal_weight=1.0)
 PUBLISHED = dict(beta=0.1, text_weight=1.0, text_given_weight=1.0, **GENTLE)
