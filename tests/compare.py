@@ -8,9 +8,9 @@
     python -m tests.compare --eval out-0/eval.json ...            the figures alone; result files do as well
 
 A unit is one benchmark (--bias) and one seed: its own data, SFT model and pairs. Units share the image tokenizer and the
-finding reader; recipes share everything else. Each unit's figures, a part of its eval.json, go to --results, the picture
-beside that folder, the tables to standard output. The lab report's are in .github/results. Hours on two cores; two units run
-side by side in two shells with OMP_NUM_THREADS=1. Only the programs' own functions do the work."""
+finding reader; recipes share everything else. Each unit's figures, a part of its eval.json, and the picture go to --results,
+the tables to standard output. The lab report's are in .github/results. Hours on two cores; two units run side by side in two
+shells with OMP_NUM_THREADS=1. Only the programs' own functions do the work."""
 
 import argparse
 import dataclasses
@@ -384,7 +384,7 @@ def main(argv=None):
     if not found:
         raise UserError(f"{cfg.results} holds no such result yet; run this without --table first, or name other --results")
     print_units(found)
-    picture(everything, TABLE).save(cfg.results.parent / "compare.png")
+    picture(everything, TABLE).save(cfg.results / "compare.png")
 
 
 if __name__ == "__main__":

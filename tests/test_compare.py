@@ -186,7 +186,7 @@ def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys,
         compare.main([*flags, "control"])
     said = capsys.readouterr().out
     assert "| metric | sft | control | dpo |" in said and "| dpo-flip30 − dpo | " in said
-    assert Image.open(tmp_path / "r/compare.png").width == 600                             # one panel: no test image tempts here
+    assert Image.open(tmp_path / "r/results/compare.png").width == 600      # one panel: no test image tempts here
 
 
 def test_a_table_of_nothing_is_refused(tmp_path):
