@@ -800,7 +800,7 @@ def test_candidates_leave_one_pair_a_record_by_its_report_on_the_distorted_image
     plain, asked, real = rows_of(out), [], dpo.sum_reference_logps
     spy = lambda model, pairs, *more: asked.append((more[0], {p.wording for p in pairs})) or real(model, pairs, *more)
     monkeypatch.setattr(dpo, "sum_reference_logps", spy)
-    run(out, "--steps", "1", "--objective", "dpo", "--candidates", "9")
+    run(out, "--steps", "1", "--objective", "dpo", "--candidates", "3")
     assert asked == [(("text_given",), {0}), (dpo.sequences_of(config("dpo")), {0, 1, 2})]
     hard = rows_of(out)
     indices = [p["index"] for p in hard]

@@ -408,7 +408,7 @@ def test_defaults_and_presets_lie_within_what_flags_may_be(program):
     as_lists = lambda cfg: {k: list(v) if isinstance(v, tuple) else v for k, v in vars(cfg).items()}
     assert as_lists(parse(program, *argv(defaults))) == as_lists(Config())
     for name, values in presets.items():
-        assert as_lists(parse(program, "--preset", name, *argv(SHARED_PRESETS[name] | values))) == as_lists(parse(program, "--preset", name))
+        assert parse(program, "--preset", name, *argv(SHARED_PRESETS[name] | values)) == parse(program, "--preset", name)
     for flag, cases in choice:
         for value, values in cases.items():
             assert parse(program, flag_of(flag), value, *argv(values)) == parse(program, flag_of(flag), value)
