@@ -340,8 +340,8 @@ def cut_out(image, rng, strength):
 
 
 def crop(image, rng, strength):
-    """A random window of half the height and width, enlarged."""
-    h, w = image.shape[0] // 2, image.shape[1] // 2
+    """A random window of a fifth of the area, enlarged."""
+    h, w = (round(side * 0.2 ** 0.5) for side in image.shape[:2])
     y, x = rng.integers(h + 1), rng.integers(w + 1)
     window = Image.fromarray(image[y:y + h, x:x + w])
     return np.asarray(window.resize((image.shape[1], image.shape[0]), Image.Resampling.BICUBIC))
@@ -400,7 +400,7 @@ def distort(record, records, kind, strength, rng, region=None):
     """The Twin of one of the records. Twin.kind names what was done where the kind asked for is impossible.
 
     PIXEL_DISTORTIONS  change the whole image.
-    region-noise       adds noise inside one finding's mask; where no finding has one, inside region(), a mask (H, W)
+    region-noise       adds noise inside the masks of all findings; where none has one, inside region(), a mask (H, W)
                        or None that the caller finds ("model-region-noise"); else everywhere ("noise").
     remove/add/mirror  draw a phantom again with one finding taken out, put in or moved across; add stands in for the others.
                        In a real image remove fills one finding's mask; mirror flips the image if a finding has a side.
@@ -412,12 +412,12 @@ def distort(record, records, kind, strength, rng, region=None):
             if spec := redraw(record.spec, change, rng):
                 image, _ = draw(spec, record.image.shape[0])
                 return Twin(image, change, write_report(spec, record.spec), *ask_difference(record.spec, spec, rng))
-    names = sorted({f.name for f in record.findings or ()} & record.masks.keys()) if kind in ("remove", "region-noise") else []
-    name = names[rng.integers(len(names))] if names else ""
-    mask = record.masks.get(name)
-    if kind == "remove" and mask is not None:
-        return Twin(erase(record.image, mask), kind, "", *ask_removed(record, name))
+    names = sorted({f.name for f in record.findings or ()} & record.masks.keys())
+    if kind == "remove" and names:
+        name = names[rng.integers(len(names))]
+        return Twin(erase(record.image, record.masks[name]), kind, "", *ask_removed(record, name))
     if kind == "region-noise":
+        mask = np.any([record.masks[name] for name in names], axis=0) if names else None
         if mask is None:
             kind, mask = "model-region-noise", region() if region else None
         noise = add_noise(record.image, rng, strength)

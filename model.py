@@ -320,12 +320,13 @@ def per_token_logps(model, ids, labels, rows=None, families=None):
     rows = rows or (64 if ids.is_cuda else 16)
     logps = torch.zeros(len(ids), ids.size(1) - 1, device=ids.device)
     lengths = (ids.size(1) - (labels.flip(1) != -100).int().argmax(dim=1)).tolist()        # up to the last response token
+    lists = ids.tolist() if families else ()                        # of all rows at once: each copy makes a GPU wait
     units = sorted(families or [[i] for i in range(len(ids))], key=lambda unit: sum(lengths[i] for i in unit))
     for start in range(0, len(units), rows):
         group = units[start:start + rows]
         part = [i for unit in group for i in unit]
         end = min(-(-max(lengths[i] for i in part) // 8) * 8, ids.size(1))
-        joined = join([[ids[i, :lengths[i]].tolist() for i in unit] for unit in group], ids.device) if families else None
+        joined = join([[lists[i][:lengths[i]] for i in unit] for unit in group], ids.device) if families else None
         inputs = model, ids[part, :end], labels[part, :end], joined
         found, b, t = checkpoint(response_logps, *inputs, use_reentrant=False) if model.recompute else response_logps(*inputs)
         logps = logps.index_put((torch.tensor(part, device=ids.device)[b], t), found)
@@ -675,12 +676,16 @@ def init_run(cfg):
         if "TORCHELASTIC_RUN_ID" in os.environ:            # torchrun started this process
             device = join_processes(cfg, device)
         device = torch.device(device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     torch.manual_seed(cfg.seed)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")    # a CPU's kernels, one a shape: else a gigabyte of them
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
         torch.cpu.get_capabilities().get("avx512_bf16", False)
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and native
+    torch.backends.cudnn.allow_tf32 = bf16                 # else a GPU rounds float32 in convolutions
+    torch.backends.cuda.enable_cudnn_sdp(False)            # it plans for each new shape, and lengths change at every step
     with refuse(f"--out {cfg.out} cannot be written", "name a folder of your own"):
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         if hasattr(cfg, "resume") and signal.getsignal(signal.SIGTERM) is stop:      # it trains, and `run` has started it
@@ -711,9 +716,9 @@ def join_processes(cfg, device):
         raise UserError("only training is shared among processes; start this program without torchrun")
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"        # each has a GPU of its own
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=1))
+        backend, gpu = ("nccl", torch.device(device)) if device.startswith("cuda") else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(days=1), device_id=gpu)
         if process() > 0:                                  # only the first one speaks
             sys.stdout = open(os.devnull, "w")
             tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
@@ -749,7 +754,7 @@ def gather(x):
     the gradient of a loss that is computed of all rows."""
     if processes() == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(processes())]
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(processes())]
     dist.all_gather(parts, x.detach().contiguous())
     parts[process()] = x
     return torch.cat(parts)
