@@ -5,11 +5,13 @@ import re
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 import dpo
-from data import MODALITIES, Phantoms
-from model import UserError, cli
+from data import MODALITIES, PHRASES, Phantoms, statement_of
+from model import GPT, UserError, cli, sequence_logps
+from sft import Vocabulary, collate
 from tests import compare
 from tests.compare import ROWS, THERE
 
@@ -187,6 +189,34 @@ def test_a_tiny_unit_runs_shows_its_table_and_goes_on(trained, tmp_path, capsys,
     said = capsys.readouterr().out
     assert "| metric | sft | control | dpo |" in said and "| dpo-flip30 − dpo | " in said
     assert Image.open(tmp_path / "r/results/compare.png").width == 600      # one panel: no test image tempts here
+
+
+def test_held_out_margins_are_what_a_model_prefers_more_than_sft(out, monkeypatch):
+    """On validation phantoms. Of a copy of SFT 0; of shaken weights the mean log-ratio of what is chosen, less the other's."""
+    for name in ("copy", "shaken"):
+        shutil.copytree(out / "sft", out / name)
+    model = GPT.from_pretrained(out / "sft")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(out / "shaken")
+    pairs, build = [], dpo.build_pairs
+    monkeypatch.setattr(dpo, "build_pairs", lambda *a: pairs.extend(build(*a)) or pairs)
+    cfg = cli(dpo.DPOConfig, dpo.PRESETS, ["--preset", "tiny", "--dtype", "float32", "--out", str(out)])
+    found = compare.held_out_margins(cfg, ["copy", "shaken"], n=12)
+    vocab, models = Vocabulary.load(out / "sft"), [GPT.from_pretrained(out / name) for name in ("shaken", "sft")]
+
+    def log_ratio(pair, codes, text):
+        batch = collate([(vocab.report_prompt(codes, pair.wording), vocab.text_response(text))], vocab.pad)
+        policy, reference = (sequence_logps(model, *batch).item() for model in models)
+        return policy - reference
+    text = [log_ratio(p, p.codes, p.chosen) - log_ratio(p, p.codes, p.rejected) for p in pairs
+            if statement_of(p.rejected, PHRASES) != statement_of(p.chosen, PHRASES)]
+    given = [log_ratio(p, p.codes, p.chosen) - log_ratio(p, p.distorted, p.chosen) for p in pairs]
+    values = {name: [found[name][f"held_out/{c}"]["value"] for c in ("text", "text_given")] for name in found}
+    assert values == {"copy": [0, 0], "shaken": pytest.approx([sum(text) / len(text), sum(given) / len(given)], abs=1e-3)}
+    assert len({p.name for p in pairs}) == len(pairs) and all(p.name.startswith("val/") for p in pairs)
 
 
 def test_a_table_of_nothing_is_refused(tmp_path):

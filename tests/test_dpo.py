@@ -16,7 +16,7 @@ import dpo
 from conftest import Blind, Means
 from data import PHRASES, Finding, Phantoms, Record, read_findings
 from model import GPT, GPTConfig, UserError, cli, read_log, read_tensors, sequence_logps
-from sft import INSTRUCTIONS, Vocabulary, encode_records
+from sft import INSTRUCTIONS, Vocabulary, collate, encode_records
 from vqgan import stack, to_pixels
 
 VOCAB = Vocabulary.train(["Enlarged heart. No effusion. Normal."] * 3, codebook_size=8, text_size=300)
@@ -467,6 +467,20 @@ def test_of_a_records_pairs_the_one_noticed_least_is_taken():
     assert [p.kind for p in dpo.least_noticed(pairs, torch.tensor([-3.0, -1.0, -9.0, -2.0]))] == ["mirror", "add"]
 
 
+def test_a_hard_pair_is_the_one_given_whose_image_sft_finds_the_report_likeliest(tmp_path, monkeypatch, model):
+    """Of four candidates neither the first nor the last."""
+    one, other = make_pairs()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)                   # sharp attention: the image matters
+    pairs = [*(replace(one, distorted=np.roll(one.distorted, k)) for k in range(4)), other]
+    monkeypatch.setattr(dpo, "build_pairs", lambda *a: pairs)
+    cfg, studies = config("dpo", "--out", str(tmp_path)), [SimpleNamespace(questions=())] * 2
+    kept = dpo.load_or_build_pairs(cfg, [], studies, PHRASES, None, model, VOCAB, contextlib.nullcontext)
+    examples = [(VOCAB.report_prompt(p.distorted), VOCAB.text_response(p.chosen)) for p in pairs[:4]]
+    best = sequence_logps(model, *collate(examples, VOCAB.pad)).argmax()
+    assert len(kept) == 2 and kept[0] is pairs[best] and kept[1] is other and 0 < best < 3
+
+
 def test_which_reports_count_as_rejected():
     """pair b's own report is normal: only a rejected report that states a finding differs from it."""
     for flags, counts in (([], [True, False]), (["--rejected", "own"], [True, True]),
@@ -649,6 +663,18 @@ def test_each_third_of_a_curriculum_has_a_schedule_of_its_own():
     thirds = [3 * step // 10 for step in range(10)]                     # as pick_pairs has them
     assert thirds == [0] * 4 + [1] * 3 + [2] * 3
     assert dpo.schedule(config("mdpo", "--steps", "10"), 7) == (7, 10)
+
+
+def test_the_loop_follows_the_curriculum(out, monkeypatch):
+    """In each third of the steps the pairs of one entropy, and a learning rate that starts anew."""
+    rows, seen, batch = rows_of(out), [], dpo.pair_batch
+    (out / "pairs/pairs.jsonl").write_text("".join(json.dumps(row | {"entropy": i % 3}) + "\n" for i, row in enumerate(rows)))
+    monkeypatch.setattr(dpo, "pair_batch", lambda pairs, indices, *rest:
+                        seen.append({pairs[i].entropy for i in indices}) or batch(pairs, indices, *rest))
+    run(out, "--objective", "mfpo", "--steps", "6", "--log-every", "1")
+    assert seen[-6:] == [{0}, {0}, {1}, {1}, {2}, {2}]
+    lrs = [row["lr"] for row in read_log(out / "mfpo.jsonl")]
+    assert lrs == lrs[:2] * 3 and lrs[0] > lrs[1]
 
 
 def test_each_writer_sees_what_it_should(monkeypatch):

@@ -1,5 +1,6 @@
 """README.md and the lab report keep their word: commands, flags, names, links and blocks of Python hold, tables are the
-result files'. Commands are parsed with the programs' own flags; only those for a folder of images are run."""
+result files'. Commands are parsed with the programs' own flags; only those for a folder of images are run. And what the
+files import."""
 
 import argparse
 import ast
@@ -30,8 +31,7 @@ from tests import bench, captions, compare, masks
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / ".github/results/README.md"]
 README, REPORT = (path.read_text() for path in DOCUMENTS)
-TODAY = re.sub(r"^## Names then and now\n.*?(?=^## )", "", REPORT, flags=re.M | re.S)      # what is called so today
-BOTH = pytest.mark.parametrize("text", [README, TODAY], ids=["README", "lab report"])
+BOTH = pytest.mark.parametrize("text", [README, REPORT], ids=["README", "lab report"])
 MODULES = {"model.py": model, "data.py": data, "vqgan.py": vqgan, "sft.py": sft, "dpo.py": dpo, "sample.py": sample}
 PROGRAMS = ("vqgan.py", "sft.py", "dpo.py", "sample.py")
 RUNNERS = {"tests.compare": compare, "tests.captions": captions, "tests.masks": masks}
@@ -296,6 +296,37 @@ def test_the_row_with_everything_in_it_is_read_whole(tmp_path):
     assert record.questions == tuple((q["question"], q["answer"]) for q in row["questions"])
     assert record.masks.keys() == row["masks"].keys() and all(m.all() for m in record.masks.values())
     assert record.subject == record.name[0]
+
+
+# The imports
+
+
+PACKAGES = {"torch", "numpy", "PIL", "tqdm", "safetensors", "tokenizers", "pytest"}
+PEERS = {"bench.py": {"datasets", "transformers", "trl", "vector_quantize_pytorch"}, "test_exchange.py": {"peft", "transformers"},
+         "test_model.py": {"transformers"}}
+
+
+def imports_of(path):
+    """The first names of all that a file of Python imports, wherever in it, or skips a test without."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += ["." * node.level + (node.module or "") for node in nodes if isinstance(node, ast.ImportFrom)]
+    names += [node.args[0].value for node in nodes if isinstance(node, ast.Call) and "importorskip" in vars(node.func).values()]
+    return {name.split(".")[0] for name in names}
+
+
+def test_nothing_is_imported_but_the_packages_and_in_a_few_tests_peers():
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]
+    known = sys.stdlib_module_names | PACKAGES | {path.stem for path in paths} | {"tests"}
+    for path in paths:
+        assert imports_of(path) <= known | PEERS.get(path.name, set()), path.name
+
+
+def test_each_of_the_six_files_imports_only_those_before_it():
+    files = [name.removesuffix(".py") for name in MODULES]
+    assert {path.name for path in ROOT.glob("*.py")} == MODULES.keys()
+    for i, name in enumerate(files):
+        assert imports_of(ROOT / f"{name}.py") & {*files, "tests"} <= {*files[:i]}, name
 
 
 # The figures

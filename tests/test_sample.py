@@ -174,6 +174,48 @@ def test_frechet_distance_of_two_gaussians():
     assert sample.frechet(a, a) == pytest.approx(0, abs=1e-5)
 
 
+def test_frechet_distance_of_a_gaussian_to_itself_turned():
+    """By 45°. In two dimensions tr (Σ_a Σ_b)^½ = √(tr Σ_a Σ_b + 2·√|Σ_a|·√|Σ_b|), here √(12.5 + 2·2·2)."""
+    a = 1.5 ** 0.5 * torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]])          # Σ_a = diag(1, 4)
+    b = a @ torch.tensor([[1.0, 1.0], [-1.0, 1.0]]) / 2 ** 0.5
+    assert sample.frechet(a, b) == pytest.approx(5 + 5 - 2 * 20.5 ** 0.5, abs=1e-5)
+
+
+def test_reports_are_scored_at_three_temperatures(monkeypatch):
+    """Of two enlarged hearts: greedily both are stated and one effusion invented; at 0.5 one and two; at 1 only a nodule."""
+    said = {0.0: ["Enlarged heart. Left effusion.", "Enlarged heart."], 0.5: ["Left effusion.", "Enlarged heart. Left effusion."],
+            1.0: ["", "Right nodule."]}
+    cfg = sample.SampleConfig(seed=3)
+    bench = sample.Benchmark([record(H)] * 2, range(2), None, PHRASES, None, True, sample.Bootstrap(2, 50), cfg)
+    monkeypatch.setattr(sample, "write_reports", lambda model, vocab, codes, temperature, seed:
+                        said[temperature] if (codes, seed) == ([0, 1], 3) else None)
+    found, greedy = sample.evaluate_reports(None, None, bench)
+    figures = {"greedy": (1 / 2, 1 / 3, 1), "t0.5": (1, 2 / 3, 1 / 2), "t1.0": (0, 1, 0)}
+    assert greedy == said[0.0] and {k.split("/")[1] for k in found} == figures.keys()
+    for decoding, expected in figures.items():
+        assert [found[f"report/{decoding}/{m}"].value for m in ("companion", "chair_i", "recall")] == pytest.approx(expected)
+
+
+def test_drawings_are_read_against_their_reports_and_their_features_against_true_images(monkeypatch):
+    """Of three findings one is drawn without guidance, and a false one; two with it. A record without text counts nowhere."""
+    seen = {1.0: [(E, H), (), (NODULE,)], 1.5: [(E, NODULE), (), (NODULE,)]}
+    points = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [99.0, 99.0]])             # Σ = diag(2, 0) without the third
+    features = {"true": points, 1.0: 2 * points + torch.tensor([0.0, 3.0]), 1.5: points + torch.tensor([0.0, 1.0])}
+    records, asked = [record(E, NODULE), record(H), replace(record(E), text="")], []
+    cfg = sample.SampleConfig(temperature=0.6, seed=3)
+    bench = sample.Benchmark(records, range(3), "true", PHRASES, "reader", True, sample.Bootstrap(3, 50), cfg)
+    monkeypatch.setattr(sample, "draw_images", lambda model, vocab, vqgan, texts, guidance, **options:
+                        asked.append((texts, options)) or guidance)
+    monkeypatch.setattr(sample, "see_findings", lambda reader, pixels: (seen.get(pixels), [set()] * 3, features[pixels]))
+    found = {**sample.evaluate_drawings(None, None, None, bench, 1.0), **sample.evaluate_drawings(None, None, None, bench, 1.5)}
+    assert {k: m.value for k, m in found.items()} == pytest.approx({
+        "generate/cfg1/f1": 2 / 5, "generate/cfg1/extra": 1 / 2, "generate/cfg1/missing": 2 / 3, "generate/cfg1/frechet": 9 + 2,
+        "generate/cfg1.5/f1": 4 / 5, "generate/cfg1.5/extra": 0, "generate/cfg1.5/missing": 1 / 3, "generate/cfg1.5/frechet": 1})
+    assert asked == [(["text", "text", ""], dict(temperature=0.6, top_k=0, top_p=1.0, seed=3))] * 2
+    bench.reader = None
+    assert sample.evaluate_drawings(None, None, None, bench, 1.0) == {}
+
+
 # The finding reader
 
 
