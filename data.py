@@ -607,8 +607,8 @@ def path_inside(root, name):
     return path
 
 
-def read_image(path, size, channels, is_mask=False):
-    """An image file as (size, size) or (size, size, 3) uint8, padded to a square with black.
+def open_image(path, channels):
+    """An image file as an upright PIL image of mode L or RGB.
 
     16-bit gray is scaled, transparency laid on black, palettes and CMYK converted. The header is checked
     before any pixel is decoded. Raises BadRow."""
@@ -627,13 +627,35 @@ def read_image(path, size, channels, is_mask=False):
     except Exception as error:            # Pillow's decoders raise whatever a broken file leads them to
         raise error if isinstance(error, BadRow) else BadRow(
             f"not a readable image ({str(error).split(' <')[0].replace(str(path), path.name)})")
-    image = image.convert("RGB" if channels == 3 and not is_mask else "L")
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def fit_square(image, size, resample=Image.Resampling.LANCZOS):
+    """A PIL image as (size, size) or (size, size, 3) uint8, padded to a square with black."""
     if max(image.size) != size:           # before padding: the square around a long strip may not fit into memory
-        shape = [max(1, round(side * size / max(image.size))) for side in image.size]
-        image = image.resize(shape, Image.Resampling.BOX if is_mask else Image.Resampling.LANCZOS)
+        image = image.resize([max(1, round(side * size / max(image.size))) for side in image.size], resample)
     square = Image.new(image.mode, (size, size))
     square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     return np.asarray(square)
+
+
+def read_image(path, size, channels):
+    """An image file as (size, size) or (size, size, 3) uint8. Raises BadRow."""
+    return fit_square(open_image(path, channels), size)
+
+
+def read_mask(path, size, image):
+    """A mask file as (size, size) bool: what is brighter than half of its brightest, so masks of 0 and 1 do as well.
+
+    Raises BadRow, which names the file, also where its shape is not that of the PIL image, to a pixel: it would lie askew."""
+    try:
+        mask = open_image(path, 1)
+        if abs(mask.width * image.height - mask.height * image.width) > max(image.size):
+            raise BadRow(f"{mask.width}x{mask.height} pixels, in another shape than its image's {image.width}x{image.height}")
+    except BadRow as error:
+        raise BadRow(f"mask {path.name}: {error}")
+    half = mask.getextrema()[1] / 2
+    return fit_square(mask.point(lambda value: 255 * (value > half)), size, Image.Resampling.BOX) > 127
 
 
 def to_eight_bits(image):
@@ -673,8 +695,9 @@ def row_record(row, root, size, channels):
 
 def read_pixels(record, size, channels):
     """The same record with pixels in place of Paths. Raises BadRow."""
-    return replace(record, image=read_image(record.image, size, channels),
-                   masks={name: read_image(path, size, channels, is_mask=True) > 127 for name, path in record.masks.items()})
+    image = open_image(record.image, channels)
+    return replace(record, image=fit_square(image, size),
+                   masks={name: read_mask(path, size, image) for name, path in record.masks.items()})
 
 
 class Folder:

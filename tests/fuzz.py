@@ -31,7 +31,7 @@ import dpo  # noqa: E402
 import sample  # noqa: E402
 import sft  # noqa: E402
 import vqgan  # noqa: E402
-from data import BadRow, read_folder, read_image  # noqa: E402
+from data import BadRow, read_folder, read_image, read_mask  # noqa: E402
 from model import UserError, cli, load_state, read_log  # noqa: E402
 
 # ---- Breaking bytes, values and flags ------------------------------------------------------------
@@ -129,7 +129,7 @@ def images(rng, folder, base):
         image.save(data := io.BytesIO(), "PNG")
     path = folder / "x.png"
     path.write_bytes(break_bytes(data.getvalue(), rng))
-    return lambda: read_image(path, 32, rng.choice((1, 3)), rng.random() < 0.3)
+    return lambda: read_mask(path, 32, image) if rng.random() < 0.3 else read_image(path, 32, rng.choice((1, 3)))
 
 
 ROW = {"file_name": "i.png", "text": "Enlarged heart.", "findings": [{"name": "nodule", "side": "left"}], "masks": {"heart": "m.png"},

@@ -100,6 +100,30 @@ def test_masks_and_findings(tmp_path):
     assert np.array_equal(record.image == 10, expected)
 
 
+@pytest.mark.parametrize("top", [1, 38, 255])
+@pytest.mark.parametrize("shape", [(20, 40), (41, 81)])
+def test_a_mask_is_what_is_brighter_than_half_of_its_brightest(tmp_path, top, shape):
+    """Masks of 0 and 1 too; and of another size in the image's shape, to a pixel."""
+    picture(tmp_path / "train/a.png", 10, (20, 40))
+    half = np.zeros(shape[::-1], np.uint8)
+    half[:shape[1] // 2] = top
+    for name, values in (("half", half), ("none", half * 0)):
+        Image.fromarray(values).save(tmp_path / f"train/{name}.png")
+    image_folder(tmp_path, [{"file_name": "a.png", "text": "Found.", "masks": {"half": "half.png", "none": "none.png"}}])
+    masks = rows_of(read_folder(tmp_path, 40, 1))["Found."].masks
+    assert masks["half"][:20, 10:30].all() and not masks["half"][21:].any() and not masks["none"].any()
+
+
+@pytest.mark.parametrize("size,why", [((40, 20), "40x20 pixels, in another shape than its image's 20x40"),
+                                      ((20, 43), "20x43 pixels, in another shape"), ((9, 18), "9x18 pixels; the shorter side")])
+def test_a_mask_that_does_not_fit_its_image_is_named(tmp_path, capsys, size, why):
+    picture(tmp_path / "train/a.png", 10, (20, 40))
+    picture(tmp_path / "train/m.png", 255, size)
+    image_folder(tmp_path, [{"file_name": "a.png", "text": "Found.", "masks": {"heart": "m.png"}}])
+    assert "Found." not in rows_of(read_folder(tmp_path, 40, 1))
+    assert f"row 6 (a.png): mask m.png: {why}" in messages(capsys)[0]
+
+
 def test_an_empty_list_of_findings_is_known_to_be_none(tmp_path):
     records = rows_of(read_folder(image_folder(tmp_path, [{"file_name": "i0.png", "text": "N.", "findings": []}]), 32, 1))
     assert records["N."].findings == () and records["Good 0."].findings is None
