@@ -591,8 +591,9 @@ def train(cfg):
     """Optimise the SFT model on preference pairs (or on their chosen sequences) and write out/NAME."""
     name = check_flags(cfg)
     device, autocast = init_run(cfg)
-    check_resume(cfg, name)                                  # fail before the slow part, not at begin_stage
     model, vocab, vqgan = load_sft(cfg, device)
+    sft_hash = weights_hash(model)
+    check_resume(cfg, name, f"{cfg.out}/sft", sft_hash)      # fail before the slow part, not at begin_stage
     data = open_data(cfg)
     phrases, sequences = lexicon(data["train"]), sequences_of(cfg)
     studies = open_studies(cfg, data["train"], vqgan, autocast)
@@ -602,7 +603,6 @@ def train(cfg):
     studies = studies.serving([task for task, share in REHEARSAL.items() if share > 0])
     # all that is needed of the reference, so no second model: from here on this one is the policy
     reference_sums = sum_reference_logps(model, pairs, sequences, vocab, cfg, autocast)
-    sft_hash = weights_hash(model)
     torch.manual_seed(cfg.seed)                              # whatever has been trained before in this process
     adapter = add_lora(model, cfg, Path(cfg.out) / "sft") if cfg.lora_rank else None
     asked = torch.tensor([bool(p.question) for p in pairs], device=device).float()
@@ -610,8 +610,6 @@ def train(cfg):
     trained = trained_parameters(model)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, 0.0, autocast)
     folder, progress = begin_stage(cfg, name, [trained], optimizers)
-    if progress.get("sft", sft_hash) != sft_hash:
-        raise UserError(f"--resume: {folder} was started from another {cfg.out}/sft; leave out --resume")
     start = progress.get("step", 0)
     log = Log(f"{cfg.out}/{name}.jsonl", name, cfg.steps, start)
     for step in range(start, cfg.steps):
@@ -638,7 +636,7 @@ def train(cfg):
             log.warn(any(masked_mean(c.margin.abs(), c.keep) > 30 for c in contrasts.values()),
                      "margins are over 30: the model is far from its reference; lower --beta or the learning rates")
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stopping:
-            save_state(folder, step + 1, [trained], optimizers, flags=run_flags(cfg), sft=sft_hash)
+            save_state(folder, step + 1, [trained], optimizers, flags=run_flags(cfg), base=sft_hash)
         if log.stopping:
             log.close()                                      # raises Stopped
     log.close()

@@ -1094,8 +1094,9 @@ def load_state(folder, models, optimizers):
     return progress
 
 
-def check_resume(cfg, name):
-    """The folder whose saved state --resume goes on from, or None. Raises UserError if another run's flags made it."""
+def check_resume(cfg, name, base="", base_hash=""):
+    """The folder whose saved state --resume goes on from, or None. Raises UserError if another run's flags made it, or if
+    what it was started from, the folder `base`, had another hash then."""
     final, partial = Path(cfg.out) / name, Path(cfg.out) / f"{name}.partial"
     source = next((f for f in (partial, final) if (f / "state.safetensors").exists()), None)
     if not (cfg.resume and source):
@@ -1106,6 +1107,8 @@ def check_resume(cfg, name):
     if other:
         raise UserError(f"--resume: {source} was started with other values of {', '.join(other)}; use those, "
                         "or leave out --resume")
+    if base and (progress.get("base") or base_hash) != base_hash:
+        raise UserError(f"--resume: {source} was started from another {base}; leave out --resume")
     if step > cfg.steps:
         raise UserError(f"--resume: {source} has {step} steps behind it, --steps {cfg.steps} is less; "
                         "name more, or leave out --resume")

@@ -41,7 +41,7 @@ from data import (BODY_PHRASES, COMPANIONS, MODALITIES, MODALITY_PHRASES, Findin
                   check_data, image_source, lexicon, match_findings, names_and_sides, open_data, read_findings, read_image,
                   read_term, spread_indices)
 from model import (RunConfig, UserError, arg, batch_indices, cli, get_lr, init_run, load_folder, load_weights, read_json,
-                   read_log, read_metadata, read_tensors, refuse, run, save_folder, set_lr, take_step, weights_hash,
+                   read_log, read_metadata, read_progress, read_tensors, refuse, run, save_folder, set_lr, take_step, weights_hash,
                    write_tensors, write_text)
 from dpo import BOTH_WAYS, read_pairs
 from sft import dice, draw_images, draw_masks, load_gpt, write_answers, write_reports
@@ -387,6 +387,16 @@ def find_models(out):
     return sorted(names, key=lambda n: (n != "sft", n != "control", n))
 
 
+def warn_of_other_sft(out, loaded):
+    """Say which models stage 2 began from another SFT model than out/sft now is: beside it their figures mean nothing."""
+    now = weights_hash(loaded["sft"][0]) if "sft" in loaded else ""
+    for name in loaded if now else ():
+        with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError):      # a folder without its state says nothing
+            progress = read_progress(out / name)
+            if "objective" in progress["flags"] and progress["base"] != now:
+                tqdm.write(f"{out / name} was trained from another {out / 'sft'} than is there now: train it again to compare them")
+
+
 def choose_model(cfg, names):
     """The one of names that --model asks for; unasked, bidpo if it is there, else the first."""
     name = cfg.model or ("bidpo" if "bidpo" in names else names[0])
@@ -449,6 +459,7 @@ def evaluate(cfg):
     loaded = {name: load_gpt(out / name, vqgan, device) for name in names}
     for name, (model, _) in loaded.items():
         check_data(model.config.data, cfg, out / name)
+    warn_of_other_sft(out, loaded)
     bench = make_benchmark(cfg, vqgan, device, autocast)
     with autocast():
         results = {"vqgan": evaluate_reconstruction(vqgan, bench)}

@@ -338,13 +338,14 @@ def validate(model, studies, tasks, vocab, phrases):
 def train(cfg):
     """Instruction-tune a GPT and write out/sft."""
     device, autocast = init_run(cfg)
-    check_resume(cfg, "sft")                                 # fail before the slow part, not at begin_stage
     if cfg.lora_rank and not cfg.init:
         raise UserError("--lora-rank adapts a model that can do something already: name one with --init")
     vqgan = load_vqgan(cfg, device, cfg.init)
     if not cfg.init and vqgan.config.data != image_source(cfg):
         raise UserError(f"{cfg.out}/vqgan was trained on {vqgan.config.data}, not on {image_source(cfg)}: "
                         "name another --out, or remove the folder to train it again")
+    base, base_hash = (cfg.init, folder_hash(cfg.init)) if cfg.init else (f"{cfg.out}/vqgan", weights_hash(vqgan))
+    check_resume(cfg, "sft", base, base_hash)                # fail before the slow part, not at begin_stage
     data = open_data(cfg)
     loaded = load_init(cfg, vqgan, device) if cfg.init else None       # what it refuses it refuses before the encoding
     studies = open_studies(cfg, data["train"], vqgan, autocast)
@@ -361,9 +362,6 @@ def train(cfg):
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, cfg.weight_decay, autocast)
     train_mode(model, cfg)
     folder, progress = begin_stage(cfg, "sft", [trained], optimizers)
-    base_hash = folder_hash(cfg.init) if cfg.init else ""
-    if progress.get("base", base_hash) != base_hash:
-        raise UserError(f"--resume: {folder} was started from another {cfg.init}; leave out --resume")
     start, best_score = progress.get("step", 0), progress.get("best_score", -float("inf"))
     log = Log(f"{cfg.out}/sft.jsonl", "sft", cfg.steps, start)
     save = lambda step: save_state(folder, step, [trained], optimizers, best_score=best_score, flags=run_flags(cfg), base=base_hash)

@@ -325,6 +325,20 @@ def test_only_what_is_new_is_evaluated(evaluated_copy, monkeypatch):
     assert "generate/cfg2/f1" in evaluate(evaluated_copy, "--guidance", "2")["mine"] and len(measured) == 1 + 4
 
 
+def test_models_of_another_sft_model_are_named(evaluated_copy, capsys):
+    """Those that stage 2 began from it, and no other."""
+    evaluate(evaluated_copy)
+    assert "trained from another" not in capsys.readouterr().out
+    shutil.copytree(evaluated_copy / "sft", evaluated_copy / "older")
+    model = GPT.from_pretrained(evaluated_copy / "sft")
+    with torch.no_grad():
+        model.model.norm.weight.add_(0.1)
+    model.save_pretrained(evaluated_copy / "sft")
+    evaluate(evaluated_copy)
+    said = [line.split(" was trained from another ")[0] for line in capsys.readouterr().out.splitlines() if "from another" in line]
+    assert said == [str(evaluated_copy / name) for name in ("control", "bidpo")]
+
+
 def records_with_texts(*texts):
     return [SimpleNamespace(text=t, name=f"{i}.png") for i, t in enumerate(texts)]
 

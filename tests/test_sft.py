@@ -17,7 +17,7 @@ from model import (GPT, SHARED_PRESETS, GPTConfig, UserError, cli, per_token_log
                    sequence_logps, take_step)
 from sft import (INSTRUCTIONS, MASKS_EACH, MAX_TEXT, TASKS, Study, Vocabulary, collate, dice, encode_records,
                  extend_vocabulary, make_batch, make_example, response_loss)
-from vqgan import stack, to_pixels
+from vqgan import VQGAN, stack, to_pixels
 
 K = 16                                                     # image codes
 REPORTS = [write_report(phantom_spec(0, "train", i, 0.9)) for i in range(60)]
@@ -425,6 +425,17 @@ def begin(trained, tmp_path):
         shutil.copytree(trained / "vqgan", tmp_path / name / "vqgan")
         return tmp_path / name
     return begin
+
+
+def test_resume_knows_the_image_tokenizer_it_started_from(begin):
+    out = begin("other")
+    sft.main([*SHORT, "--out", str(out)])
+    vqgan = VQGAN.from_pretrained(out / "vqgan")
+    with torch.no_grad():
+        vqgan.quantizer.codebook.add_(0.1)
+    vqgan.save_pretrained(out / "vqgan")
+    with pytest.raises(UserError, match=f"--resume: {out}/sft was started from another {out}/vqgan"):
+        sft.main([*SHORT, "--out", str(out), "--resume"])
 
 
 def test_stopped_and_resumed_equals_never_stopped(begin, monkeypatch):
