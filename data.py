@@ -69,9 +69,9 @@ def names_and_sides(findings):
 
 
 def same_statement(a, b):
-    """Whether two records state the same: their findings where both are known, else their texts."""
+    """Whether two records state the same: their findings where both are known, else their texts, without these what is asked."""
     if a.findings is None or b.findings is None:
-        return a.text == b.text
+        return a.text == b.text and (a.text != "" or a.questions == b.questions)
     return names_and_sides(a.findings) == names_and_sides(b.findings)
 
 
@@ -575,7 +575,7 @@ def draw_brain_mri(c, found, a):
 # ---- For consultation: folders of real images ----------------------------------------------------
 
 MIN_SIDE, MAX_PIXELS, MOST_NAMED = 16, 64_000_000, 200
-SPLIT_NAMES = {"val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test", "testing": "test"}   # else train
+SPLIT_NAMES = {**dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"), "test": "test", "testing": "test"}     # else train
 
 
 class BadRow(ValueError):

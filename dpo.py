@@ -320,10 +320,11 @@ def sequences_of(cfg):
 def objective_loss(ratios, keep, cfg):
     """The objective's weighted sum, its {term: loss} and {contrast: Contrast}, from log-ratios {sequence: Sums}.
 
-    A term is the mean over the pairs that count, keep {contrast: (B,) of pairs_that_count}; the anchor's over all."""
+    A term is the mean over the pairs that count, keep {contrast: (B,) of pairs_that_count}; the anchor's over those with a
+    report."""
     contrasts = {name: make_contrast(name, ratios, keep[name], cfg) for name in contrasts_of(cfg)}
     losses = OBJECTIVES[cfg.objective][0](contrasts, {k: cfg.beta * v.whole for k, v in ratios.items()}, cfg)
-    terms = {k: masked_mean(loss, contrasts[k].keep if k in contrasts else torch.ones_like(loss)) for k, loss in losses.items()}
+    terms = {k: masked_mean(loss, contrasts[k].keep if k in contrasts else keep["text_chosen"]) for k, loss in losses.items()}
     return sum(getattr(cfg, f"{name}_weight") * term for name, term in terms.items()), terms, contrasts
 
 
@@ -368,8 +369,8 @@ def twins_of(record, index, records, cfg, region):
 
 
 def build_pairs(records, studies, cfg, vqgan, region, autocast):
-    """Pairs from cfg.pairs records, those that have a text; no reports yet. studies: the records' Studies;
-    region(record): the mask that `distort` asks for.
+    """Pairs from cfg.pairs records; no reports yet. studies: the records' Studies; region(record): the mask that `distort`
+    asks for.
 
     A record makes as many as it has different distorted images. A pair whose two images have the same codes is
     dropped. Raises UserError if none is left."""
@@ -377,10 +378,9 @@ def build_pairs(records, studies, cfg, vqgan, region, autocast):
         drafts, dropped = [], Counter()          # (index, record, twin)
         for index in map(int, batch):
             record = records[index]
-            twins = twins_of(record, index, records, cfg, region) if record.text else []
+            twins = twins_of(record, index, records, cfg, region)
             drafts += [(index, record, twin) for twin in twins]
-            if not twins:
-                dropped["which no distortion fits" if record.text else "without text"] += 1
+            dropped["which no distortion fits"] += not twins
         distorted = encode_images([twin.image for _, _, twin in drafts], vqgan, autocast) if drafts else ()
         pairs = [Pair(index, record.name, twin.kind, studies[index].codes, codes, record.text, twin.text, twin.question,
                       twin.answers) for (index, record, twin), codes in zip(drafts, distorted)]
@@ -440,26 +440,31 @@ def set_responses(pairs, cfg):
 
 def pairs_that_count(pairs, cfg, phrases):
     """Which pairs count, {contrast: (n,)}: 1 where the two sides state different findings (images, masks: differ in a code;
-    --keep-agreeing: in a word), else 0; −1 where --flip-pairs compares its two reports or masks the wrong way round.
+    --keep-agreeing: in a word), else 0; −1 where --flip-pairs compares its two reports or masks the wrong way round. And
+    which have the chosen sequences, {sequence: (n,)}: a pair may have no report or no question.
 
-    Raises UserError for a contrast without any such pair; answers alone may be wanting, as not all data ask."""
-    states = lambda text: text if cfg.keep_agreeing else statement_of(text, phrases)
-    differ = {"image": lambda p: True, "text_given": lambda p: True,           # build_pairs has seen to these
+    Raises UserError for a contrast without any such pair; but not all data have both, reports and questions."""
+    differs = lambda p, text: bool(p.chosen) and (text != p.chosen if cfg.keep_agreeing else
+                                                  statement_of(text, phrases) != statement_of(p.chosen, phrases))
+    has_report, has_question = (lambda p: bool(p.chosen)), (lambda p: bool(p.question))
+    counts = {"text_chosen": has_report, "image_chosen": has_report, "answer_chosen": has_question,
+              "image": has_report, "text_given": has_report,                   # build_pairs has seen to the codes
               "mask": lambda p: (p.masks[0] != p.masks[1]).any(),              # |Ω| = 0 carries no signal
-              "text": lambda p: states(p.rejected) != states(p.chosen),
-              "image_given": lambda p: states(p.twin_text) != states(p.chosen),
-              "answer": lambda p: bool(p.question), "answer_given": lambda p: bool(p.question),
-              "language": lambda p: states(p.reports["habit"]) != states(p.chosen),
-              "vision": lambda p: states(p.reports["no-question"]) != states(p.chosen)}
-    keep = {name: np.array([differ[name](p) for p in pairs], int) for name in contrasts_of(cfg)}
+              "text": lambda p: differs(p, p.rejected), "image_given": lambda p: differs(p, p.twin_text),
+              "answer": has_question, "answer_given": has_question,
+              "language": lambda p: differs(p, p.reports["habit"]), "vision": lambda p: differs(p, p.reports["no-question"])}
+    count = lambda names: {name: np.array([counts[name](p) for p in pairs], int) for name in names}
+    keep = count(contrasts_of(cfg))
     flipped = np.random.default_rng([cfg.seed, 12]).random(len(pairs)) < cfg.flip_pairs
-    counts = ", ".join(f"{name} {int(v.sum())}" for name, v in keep.items())
-    if not all(v.any() for name, v in keep.items() if not name.startswith("answer")):
+    shown = ", ".join(f"{name} {int(v.sum())}" for name, v in keep.items())
+    needed = [v.any() for name, v in keep.items() if name.startswith("answer") != any(map(has_report, pairs))]
+    if keep and not (needed and all(needed)):
         raise UserError(f"--objective {cfg.objective} finds no usable preference pair: of {len(pairs)}, chosen and rejected "
-                        f"differ in: {counts}; try another --rejected or --distort, or a --pair-temperature above 0")
+                        f"differ in: {shown}; try another --rejected or --distort, or a --pair-temperature above 0")
     if keep:
-        tqdm.write(f"of {len(pairs)} pairs chosen and rejected differ in: {counts}")
-    return {name: np.where(flipped & (name in ("text", "language", "vision", "mask")), -v, v) for name, v in keep.items()}
+        tqdm.write(f"of {len(pairs)} pairs chosen and rejected differ in: {shown}")
+    return count(chosen_of(cfg)) | {name: np.where(flipped & (name in ("text", "language", "vision", "mask")), -v, v)
+                                    for name, v in keep.items()}
 
 
 # ---- The lesson: pairs as sequences, and their log-probabilities ---------------------------------
@@ -556,10 +561,11 @@ def schedule(cfg, step):
     return step - start, end - start
 
 
-def chosen_nll(policy_sums, asked, cfg):
-    """Mean negative log-probability of the chosen sequences' tokens, in nats. asked (B,): 1 where a pair has a question, else 0."""
-    chosen = [(policy_sums[name], asked if name == "answer_chosen" else torch.ones_like(asked)) for name in chosen_of(cfg)]
-    return -sum((sums.whole * w).sum() for sums, w in chosen) / sum((sums.tokens * w).sum() for sums, w in chosen)
+def chosen_nll(policy_sums, keep, cfg):
+    """Mean negative log-probability of the chosen sequences' tokens, in nats; keep {sequence: (B,)}: 1 where a pair has it."""
+    chosen = [(policy_sums[name], keep[name]) for name in chosen_of(cfg)]
+    nats, tokens = (sum((getattr(sums, what) * w).sum() for sums, w in chosen) for what in ("whole", "tokens"))
+    return -nats / tokens.clamp(min=1)
 
 
 def gradient_norms(losses, parameters, cfg):
@@ -605,7 +611,6 @@ def train(cfg):
     reference_sums = sum_reference_logps(model, pairs, sequences, vocab, cfg, autocast)
     torch.manual_seed(cfg.seed)                              # whatever has been trained before in this process
     adapter = add_lora(model, cfg, Path(cfg.out) / "sft") if cfg.lora_rank else None
-    asked = torch.tensor([bool(p.question) for p in pairs], device=device).float()
     train_mode(model, cfg)
     trained = trained_parameters(model)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, 0.0, autocast)
@@ -621,8 +626,9 @@ def train(cfg):
             rehearsal = response_loss(model, *rehearsal_batch(studies, cfg, vocab, step, device))
         policy_sums = {k: Sums(*gather(torch.stack(sums, dim=1)).unbind(1)) for k, sums in policy_sums.items()}
         ratios = log_ratios(policy_sums, reference_sums, indices)
-        preference, terms, contrasts = objective_loss(ratios, {k: v[indices] for k, v in keep.items()}, cfg)
-        nll = chosen_nll(policy_sums, asked[indices], cfg)
+        counted = {k: v[indices] for k, v in keep.items()}
+        preference, terms, contrasts = objective_loss(ratios, counted, cfg)
+        nll = chosen_nll(policy_sums, counted, cfg)
         loss = preference + cfg.sft_weight * nll + cfg.rehearsal_weight * rehearsal
         norms = gradient_norms({**terms, "sft": nll, "rehearsal": rehearsal}, trained, cfg) if step % cfg.grad_every == 0 else {}
         grad_norm = take_step(loss, trained, optimizers, clip=1.0)
@@ -810,6 +816,9 @@ def load_or_build_pairs(cfg, records, studies, phrases, vqgan, model, vocab, aut
             pairs = least_noticed(pairs, logps.whole)
             tqdm.write(f"of these kept, the least noticed of each record: {count_kinds(pairs)}")
         add_questions(pairs, studies, model, vocab, autocast)
+        if not (pairs := [p for p in pairs if p.chosen or p.question]):
+            raise UserError("no usable preference pair: there are no reports, and the SFT model answers no question otherwise of "
+                            "a distorted image; try another --distort")
     with autocast():
         added = add_missing(pairs, cfg, records, phrases, model, vocab, vqgan, autocast)
     if added or not found:

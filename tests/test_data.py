@@ -638,3 +638,11 @@ def test_real_records_are_asked_in_their_own_words():
     assert ask_removed(record, "effusion") == ()
     another = replace(OTHER, questions=(("Where is it?", "Left."), ("Which part?", "Head.")))
     assert ask_both(record, another) == ("Which part?", ("Hand.", "Head.")) and ask_both(record, record) == ()
+
+
+def test_records_without_text_differ_in_what_is_asked():
+    asked = lambda answer, text="": replace(OTHER, text=text, findings=None, questions=(("Where?", answer),))
+    assert not data.same_statement(asked("Left."), asked("Right.")) and data.same_statement(asked("Left."), asked("Left."))
+    assert data.same_statement(asked("Left.", "Hand."), asked("Right.", "Hand."))
+    twin = distort(asked("Left."), [asked("Left."), asked("Right.")], "remove", 500, rng())
+    assert twin.kind == "other" and (twin.question, twin.answers) == ("Where?", ("Left.", "Right."))

@@ -64,7 +64,7 @@ def scored(cfg, B=3, seed=None):
     for name in dpo.sequences_of(cfg):
         other = ratios.get(name.replace("rejected", "chosen"))       # two images differ in as many codes from either side
         ratios[name] = dpo.Sums(ratio(), count(), ratio(), other.omega_tokens if other else count())
-    return ratios, {name: torch.ones(B) for name in dpo.contrasts_of(cfg)}
+    return ratios, {name: torch.ones(B) for name in (*dpo.contrasts_of(cfg), *dpo.chosen_of(cfg))}
 
 
 def sums(whole, tokens=1):
@@ -200,7 +200,7 @@ def test_each_term_has_its_own_margin_and_weight():
     cfg = config("bidpo", "--beta", "1", "--anchor-weight", "0", *weights)
     ratios = {k: sums([v]) for k, v in dict(text_chosen=0.5, text_rejected=-0.5, text_given=-1.5, image_chosen=2.0, image_rejected=-1.0,
                                             image_given=-2.0, answer_chosen=5.0, answer_rejected=0.0, answer_given=-1.0).items()}
-    loss, _, _ = dpo.objective_loss(ratios, dict.fromkeys(dpo.BOTH_WAYS, torch.ones(1)), cfg)
+    loss, _, _ = dpo.objective_loss(ratios, dict.fromkeys((*dpo.BOTH_WAYS, "text_chosen"), torch.ones(1)), cfg)
     softplus = lambda z: math.log(1 + math.exp(z))
     assert loss.item() == pytest.approx(sum(10 ** i * softplus(-margin) for i, margin in enumerate(range(1, 7))), rel=1e-5)
 
@@ -344,12 +344,22 @@ def test_margins_grow_on_one_batch_in_every_contrast(model, objective):
         assert dpo.masked_mean(c.margin, keep[name]) > 0.01, name
 
 
-def test_the_nll_counts_answers_only_where_something_is_asked():
+def test_the_nll_counts_of_each_pair_what_it_has():
     policy = {"text_chosen": sums([-4.0, -6.0], tokens=5), "image_chosen": sums([-8.0, -2.0], tokens=4),
               "answer_chosen": sums([-1.0, -99.0], tokens=2)}
-    asked = torch.tensor([1.0, 0.0])
-    assert dpo.chosen_nll(policy, asked, config("bidpo")).item() == pytest.approx(21 / 20)      # 20 nats and 1 over 18 + 2 tokens
-    assert dpo.chosen_nll(policy, asked, config("dpo")).item() == pytest.approx(20 / 18)
+    keep = {"text_chosen": torch.ones(2), "image_chosen": torch.ones(2), "answer_chosen": torch.tensor([1.0, 0.0])}
+    assert dpo.chosen_nll(policy, keep, config("bidpo")).item() == pytest.approx(21 / 20)      # 20 nats and 1 over 18 + 2 tokens
+    assert dpo.chosen_nll(policy, keep, config("dpo")).item() == pytest.approx(20 / 18)
+    keep |= dict.fromkeys(dpo.CHOSEN, torch.tensor([0.0, 1.0]))
+    assert dpo.chosen_nll(policy, keep, config("bidpo")).item() == pytest.approx((6 + 2 + 1) / (5 + 4 + 2))
+    assert dpo.chosen_nll(policy, dict.fromkeys(dpo.CHOSEN, torch.zeros(2)), config("dpo")).item() == 0
+
+
+def test_the_anchor_counts_pairs_with_a_report_alone():
+    cfg = config("mdpo", "--beta", "1", "--text-weight", "0", "--text-given-weight", "0")
+    ratios = dict.fromkeys(("text_chosen", "text_rejected", "text_given"), sums([-1.0, -50.0]))
+    keep = dict.fromkeys(("text", "text_given"), torch.ones(2)) | {"text_chosen": torch.tensor([1.0, 0.0])}
+    assert dpo.objective_loss(ratios, keep, cfg)[0].item() == pytest.approx(math.log(1 + math.e))
 
 
 def test_gradient_norms_are_those_of_each_weighted_term():
@@ -414,11 +424,10 @@ def test_pairs_of_equal_codes_are_dropped_until_none_is_left():
         pairs_of([Phantoms("train", 9)[i] for i in range(9)], n=9, vqgan=Blind())
 
 
-def test_records_without_text_make_no_pairs(capsys):
-    records = [replace(Phantoms("train", 9)[i], text="" if i % 2 else "Nodule.") for i in range(9)]
-    assert len(pairs_of(records, n=9, kinds=("invert",))) == 5 and re.search(r"\b4\b", capsys.readouterr().out)
-    with pytest.raises(UserError, match=r"\b2\b.*--distort"):
-        pairs_of([Record(np.zeros((64, 64), np.uint8), "", "x")] * 2, n=2)
+def test_records_that_no_distortion_fits_make_no_pairs(capsys):
+    records = [Record(np.full((64, 64), 128, np.uint8), "Nodule.", str(i)) for i in range(3)]
+    with pytest.raises(UserError, match=r"\b3\b.*--distort"):
+        pairs_of(records, n=3, kinds=("invert",))                             # gray alone: inverted it is the same
 
 
 def test_a_pair_of_phantoms_knows_the_twins_report_and_a_question_that_the_two_answer_differently():
@@ -491,8 +500,22 @@ def test_which_reports_count_as_rejected():
     _, keep = sided(make_pairs(), config("napo"))
     assert keep["language"].tolist() == [True, False] and keep["vision"].tolist() == [True, True]
     _, keep = sided(make_pairs(), config("mdpo"))
-    assert keep["text_given"].tolist() == [True, True] and keep.keys() == set(dpo.contrasts_of(config("mdpo")))
-    assert sided(make_pairs(), config("sft"))[1] == {}
+    assert keep["text_given"].tolist() == [True, True] and keep.keys() == {"text", "text_given", *dpo.CHOSEN}
+    assert sided(make_pairs(), config("sft"))[1].keys() == {*dpo.CHOSEN, "answer_chosen"}
+
+
+def test_a_pair_counts_with_what_it_has():
+    """pair a has report and question, b no question; c has a question alone."""
+    a, b = make_pairs()
+    keep = {k: v.tolist() for k, v in sided([a, b, replace(a, chosen="")], config("bidpo"))[1].items()}
+    reports, questions = [1, 1, 0], [1, 0, 1]
+    assert keep == {**dict.fromkeys(("text", "image_given"), [1, 0, 0]), **dict.fromkeys(("text_given", "image", *dpo.CHOSEN), reports),
+                    **dict.fromkeys(("answer", "answer_given", "answer_chosen"), questions)}
+    only_asked = sided([replace(a, chosen="")], config("bidpo"))[1]
+    assert {k for k, v in only_asked.items() if v.any()} == {"answer", "answer_given", "answer_chosen"}
+    for pairs, objective in (([replace(a, chosen="")], "dpo"), ([replace(b, chosen="")], "bidpo")):
+        with pytest.raises(UserError, match=f"--objective {objective} finds no usable preference pair"):
+            sided(pairs, config(objective))
 
 
 def test_wordings_differ_between_pairs_and_are_drawn_from_the_seed():
@@ -663,6 +686,21 @@ def test_each_third_of_a_curriculum_has_a_schedule_of_its_own():
     thirds = [3 * step // 10 for step in range(10)]                     # as pick_pairs has them
     assert thirds == [0] * 4 + [1] * 3 + [2] * 3
     assert dpo.schedule(config("mdpo", "--steps", "10"), 7) == (7, 10)
+
+
+def test_data_that_only_ask_teach_answers_alone(out, monkeypatch):
+    """Reports and images neither gain nor are rehearsed as chosen; the objectives that compare reports refuse."""
+    records = [replace(r, text="", spec=None) for r in Phantoms("train", 40, size=32)]
+    monkeypatch.setattr(dpo, "open_data", lambda cfg: {"train": records})
+    run(out, "--name", "asked", "--log-every", "1")
+    pairs, log = rows_of(out), read_log(out / "asked.jsonl")
+    assert pairs and all(not p["chosen"] and p["question"] and p["answers"][0] != p["answers"][1] for p in pairs)
+    for row in log:
+        assert row["loss_answer"] > 0 and row["loss_text"] == row["loss_image"] == row["loss_anchor"] == 0
+    assert log[-1]["rewards_answer_given/margins"] > 0
+    run(out, "--objective", "sft")
+    with pytest.raises(UserError, match="--objective mdpo finds no usable"):
+        run(out, "--objective", "mdpo")
 
 
 def test_the_loop_follows_the_curriculum(out, monkeypatch):

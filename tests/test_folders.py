@@ -151,7 +151,7 @@ def test_patient_0_is_a_patient_like_others(tmp_path):
     assert sum(r.subject == "0" for s in splits.values() for r in s) == 4
 
 
-@pytest.mark.parametrize("name,split", [("val", "val"), ("validation", "val"), ("dev", "val"), ("Test", "test")])
+@pytest.mark.parametrize("name,split", [("val", "val"), ("validation", "val"), ("validate", "val"), ("dev", "val"), ("Test", "test")])
 def test_folder_names_are_splits(tmp_path, name, split):
     image_folder(tmp_path, [])
     picture(tmp_path / name / "x.png")

@@ -4,6 +4,7 @@ files import."""
 
 import argparse
 import ast
+import gzip
 import importlib
 import itertools
 import json
@@ -296,6 +297,68 @@ def test_the_row_with_everything_in_it_is_read_whole(tmp_path):
     assert record.questions == tuple((q["question"], q["answer"]) for q in row["questions"])
     assert record.masks.keys() == row["masks"].keys() and all(m.all() for m in record.masks.values())
     assert record.subject == record.name[0]
+
+
+# Published data sets
+
+
+DATA_SETS = (ROOT / ".github/datasets.md").read_text()
+
+
+def write_download(folder):
+    """The downloads that .github/datasets.md names, each with two images of a training, one of a validation and one of a test split."""
+    def put(name, content):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".jpg"):
+            Image.fromarray(np.full((20, 24), content, np.uint8)).save(path)
+        elif name.endswith(".gz"):
+            path.write_bytes(gzip.compress("\n".join(",".join(row) for row in content).encode()))
+        else:
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+    parts = (("train", "a"), ("train", "b"), ("validate", "c"), ("test", "d"))
+    put("VQA-RAD/VQA_RAD Dataset Public.json", [
+        {"image_name": f"{x}.jpg", "phrase_type": "test_para" if part == "test" else "freeform", "question": f"{k} {x}?", "answer": k}
+        for part, x in parts for k in (1, 2)])
+    for part in ("train", "validate", "test"):
+        put(f"Slake1.0/{part}.json", [
+            {"img_name": f"xmlab{x}/source.jpg", "q_lang": lang, "modality": "MRI", "location": "Brain", "question": f"{k} {x}?",
+             "answer": str(k)} for p, x in parts if p == part for lang in ("en", "zh") for k in (1, 2)])
+    put("iu_xray/annotation.json", {part.replace("validate", "val"): [
+        {"report": f"Report of {x}.", "image_path": [f"{x}/0.jpg", f"{x}/1.jpg"]} for p, x in parts if p == part]
+        for part in ("train", "validate", "test")})
+    lists = [("d" + x, "1234" + str(i), "5" + str(i), part) for i, (part, x) in enumerate(parts)]
+    put("mimic-cxr-jpg/mimic-cxr-2.0.0-split.csv.gz", [("dicom_id", "subject_id", "study_id", "split"),
+                                                      *lists, ("side", "12340", "50", "train")])
+    put("mimic-cxr-jpg/mimic-cxr-2.0.0-metadata.csv.gz", [("dicom_id", "ViewPosition"), *((d, "PA") for d, *_ in lists), ("side", "LATERAL")])
+    for dicom, subject, study, _ in lists:
+        put(f"mimic-cxr-jpg/files/p12/p{subject}/s{study}/{dicom}.jpg", 9)
+        put(f"mimic-cxr-reports/files/p12/p{subject}/s{study}.txt",
+            f"FINAL REPORT\n EXAMINATION: CHEST\n\n FINDINGS:\n\n Report\n of {dicom[1]}.\n\n IMPRESSION:  None.\n")
+    for _, x in parts:
+        for name in (f"VQA-RAD/VQA_RAD Image Folder/{x}.jpg", f"Slake1.0/imgs/xmlab{x}/source.jpg", *(f"iu_xray/images/{x}/{k}.jpg" for k in "01")):
+            put(name, 9)
+
+
+@pytest.mark.parametrize("title,target", [("VQA-RAD", "vqa-rad"), ("SLAKE", "slake"), ("IU X-Ray", "iu-x-ray"), ("MIMIC-CXR", "mimic-cxr")])
+def test_a_published_data_set_becomes_a_folder(title, target, tmp_path, monkeypatch):
+    block, = fenced(DATA_SETS.split(f"\n## {title}\n")[1].split("\n## ")[0], "python")
+    write_download(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    splits = {split: list(records) for split, records in data.read_folder(str(tmp_path / target), 16, 1).items()}
+    if title == "VQA-RAD":                                   # it has no validation split: a tenth of training is one
+        found = sorted(r.name for r in splits["train"] + splits["val"]), [r.name for r in splits["test"]]
+        assert found == (["a.jpg", "b.jpg", "c.jpg"], ["d.jpg"])
+    else:
+        assert {split: len(records) for split, records in splits.items()} == {"train": 2, "val": 1, "test": 1}
+    last, = splits["test"]
+    assert last.image.max() == 9
+    if title in ("VQA-RAD", "SLAKE"):
+        assert last.text == "" and last.questions == (("1 d?", "1"), ("2 d?", "2"))
+    else:
+        assert last.text == "Report of d." and last.questions == ()
 
 
 # The imports
