@@ -380,7 +380,8 @@ def build_pairs(records, studies, cfg, vqgan, region, autocast):
             record = records[index]
             twins = twins_of(record, index, records, cfg, region)
             drafts += [(index, record, twin) for twin in twins]
-            dropped["which no distortion fits"] += not twins
+            if not twins:
+                dropped["which no distortion fits"] += 1
         distorted = encode_images([twin.image for _, _, twin in drafts], vqgan, autocast) if drafts else ()
         pairs = [Pair(index, record.name, twin.kind, studies[index].codes, codes, record.text, twin.text, twin.question,
                       twin.answers) for (index, record, twin), codes in zip(drafts, distorted)]
@@ -448,6 +449,7 @@ def pairs_that_count(pairs, cfg, phrases):
                                                   statement_of(text, phrases) != statement_of(p.chosen, phrases))
     has_report, has_question = (lambda p: bool(p.chosen)), (lambda p: bool(p.question))
     counts = {"text_chosen": has_report, "image_chosen": has_report, "answer_chosen": has_question,
+              "mask_chosen": lambda p: bool(p.structure),
               "image": has_report, "text_given": has_report,                   # build_pairs has seen to the codes
               "mask": lambda p: (p.masks[0] != p.masks[1]).any(),              # |Ω| = 0 carries no signal
               "text": lambda p: differs(p, p.rejected), "image_given": lambda p: differs(p, p.twin_text),
@@ -816,9 +818,11 @@ def load_or_build_pairs(cfg, records, studies, phrases, vqgan, model, vocab, aut
             pairs = least_noticed(pairs, logps.whole)
             tqdm.write(f"of these kept, the least noticed of each record: {count_kinds(pairs)}")
         add_questions(pairs, studies, model, vocab, autocast)
-        if not (pairs := [p for p in pairs if p.chosen or p.question]):
-            raise UserError("no usable preference pair: there are no reports, and the SFT model answers no question otherwise of "
-                            "a distorted image; try another --distort")
+        if lacking := sum(not (p.chosen or p.question) for p in pairs):
+            pairs = [p for p in pairs if p.chosen or p.question]
+            tqdm.write(f"{lacking} pairs dropped: no report, and no question that the SFT model answers otherwise of the twin")
+        if not pairs:
+            raise UserError("no usable preference pair: none has a report or a question that tells it from its twin; try another --distort")
     with autocast():
         added = add_missing(pairs, cfg, records, phrases, model, vocab, vqgan, autocast)
     if added or not found:

@@ -158,7 +158,7 @@ def anchors_of(path):
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
-@pytest.mark.parametrize("page", DOCUMENTS, ids=["README", "lab report"])
+@pytest.mark.parametrize("page", [*DOCUMENTS, *sorted(ROOT.glob(".github/*.md"))], ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page):
     """To a file, seen from the page, and where it names one to a heading."""
     for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", prose(page.read_text())):
