@@ -10,6 +10,8 @@ import itertools
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -359,6 +361,48 @@ def test_a_published_data_set_becomes_a_folder(title, target, tmp_path, monkeypa
         assert last.text == "" and last.questions == (("1 d?", "1"), ("2 d?", "2"))
     else:
         assert last.text == "Report of d." and last.questions == ()
+
+
+# Changes
+
+
+def apply(diff, folder):
+    """Apply a unified diff by its lines, wherever they stand: each hunk must fit exactly one place."""
+    name = re.search(r"^\+\+\+ b/(.+)$", diff, re.M)[1]
+    text = (folder / name).read_text()
+    for hunk in re.split(r"^@@.*\n", diff, flags=re.M)[1:]:
+        before, after = ("".join(f"{line[1:]}\n" for line in hunk.splitlines() if line[:1] in (" ", sign)) for sign in "-+")
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    (folder / name).write_text(text)
+
+
+USES_THEM = """
+import data, dpo
+image, masks = data.draw(data.Spec(0, "test", 0, "chest radiograph", (data.Finding("pacemaker", "left"),)), 32)
+without, _ = data.draw(data.Spec(0, "test", 0, "chest radiograph", ()), 32)
+assert (image.astype(int) - without)[masks["pacemaker"]].mean() > 50
+assert data.read_findings("Left pacemaker. Normal.", data.PHRASES) == (data.Finding("pacemaker", "left"),)
+assert all({f.name for f in record.findings} >= {"cardiomegaly"} for record in data.Phantoms("train", 300, bias=1, modalities=1)
+           if "pacemaker" in {f.name for f in record.findings})
+dpo.main(["--preset", "tiny", "--dtype", "float32", "--objective", "ipo", "--distort", "salt", "--steps", "3", "--log-every", "1"])
+"""
+
+
+def test_the_diffs_apply_and_run(trained, tmp_path):
+    """Each of at most ten lines; the objective learns, on pairs of the distortion, from phantoms with the finding."""
+    diffs = fenced((ROOT / ".github/change.md").read_text(), "diff")
+    assert len(diffs) == 3 and all(len(re.findall(r"^[+-](?![+-])", diff, re.M)) <= 10 for diff in diffs)
+    for name in MODULES:
+        shutil.copy(ROOT / name, tmp_path)
+    for diff in diffs:
+        apply(diff, tmp_path)
+    shutil.copytree(trained, tmp_path / "out")
+    subprocess.run([sys.executable, "-c", USES_THEM], cwd=tmp_path, check=True, timeout=120)
+    pairs = [json.loads(line) for line in (tmp_path / "out/pairs/pairs.jsonl").read_text().splitlines()]
+    assert pairs and {p["kind"] for p in pairs} == {"salt"}
+    first, *_, last = model.read_log(tmp_path / "out/ipo.jsonl")
+    assert first["loss_text"] == pytest.approx(0.25, abs=1e-3) > last["loss_text"]
 
 
 # The imports
