@@ -608,10 +608,8 @@ def path_inside(root, name):
 
 
 def open_image(path, channels):
-    """An image file as an upright PIL image of mode L or RGB.
-
-    16-bit gray is scaled, transparency laid on black, palettes and CMYK converted. The header is checked
-    before any pixel is decoded. Raises BadRow."""
+    """An image file as an upright PIL image of mode L or RGB: 16-bit gray scaled, transparency laid on black, palettes and CMYK
+    converted. The header is checked before any pixel is decoded. Raises BadRow."""
     try:
         if path.stat().st_size == 0:
             raise BadRow("the file is empty")
@@ -866,20 +864,6 @@ def image_source(cfg):
     return "phantoms" if cfg.modalities == len(MODALITIES) else f"phantoms --modalities {cfg.modalities}"
 
 
-def data_name(cfg):
-    """What a model trained with these flags was trained on, as its config.json says it."""
-    return image_source(cfg) if cfg.data else f"{image_source(cfg)} --bias {cfg.bias:g}"
-
-
-def check_data(trained_on, cfg, folder):
-    """Raise UserError if the model in `folder` was trained on other data than cfg names."""
-    if trained_on != data_name(cfg):
-        flags = f"--data {trained_on}"
-        if trained_on.startswith("phantoms"):
-            flags = trained_on.removeprefix("phantoms ") + " and no --data" * bool(cfg.data)
-        raise UserError(f"{folder} was trained on {trained_on}, not on {data_name(cfg)}: say {flags}, or name another --out")
-
-
 def fingerprint(records):
     """Twelve hex digits that name a sequence of records: a phantom's recipe, or all rows and the times of their images;
     and this file, since it draws and reads them."""
@@ -888,11 +872,6 @@ def fingerprint(records):
         times = [path.stat().st_mtime_ns for path in (r.image, *r.masks.values())]
         digest.update(repr((astuple(r), times)).encode("utf-8", "replace"))
     return digest.hexdigest()[:12]
-
-
-def spread_indices(total, n):
-    """min(n, total) indices, evenly spread over range(total): a folder may be sorted by modality."""
-    return np.linspace(0, total, min(n, total), endpoint=False).astype(int)
 
 
 def open_data(cfg):

@@ -62,12 +62,12 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import sft as sft_stage
-from data import DISTORTIONS, add_noise, check_data, common_structures, distort, fingerprint, lexicon, open_data, statement_of
+from data import DISTORTIONS, add_noise, common_structures, distort, fingerprint, lexicon, open_data, statement_of
 from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_resume, cli, config_for,
                    finish_stage, gather, get_lr, init_run, make_optimizers, own, per_token_logps, process, read_json,
                    read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out,
                    sum_over_processes, take_step, train_mode, trained_parameters, weights_hash, write_tensors)
-from sft import (INSTRUCTIONS, collate, dice, draw_masks, load_gpt, load_vqgan, make_example, open_studies, pick_task,
+from sft import (INSTRUCTIONS, check_data, collate, dice, draw_masks, load_gpt, load_vqgan, make_example, open_studies, pick_task,
                  response_loss, sample_words)
 from vqgan import encode_images
 

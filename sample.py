@@ -38,14 +38,14 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import (BODY_PHRASES, COMPANIONS, MODALITIES, MODALITY_PHRASES, Finding, Phantoms, ask_whether,
-                  check_data, image_source, lexicon, match_findings, names_and_sides, open_data, read_findings, read_image,
-                  read_term, spread_indices)
+                  image_source, lexicon, match_findings, names_and_sides, open_data, read_findings, read_image,
+                  read_term)
 from model import (RunConfig, UserError, arg, batch_indices, cli, get_lr, init_run, load_folder, load_weights, read_json,
                    read_log, read_metadata, read_progress, read_tensors, refuse, run, save_folder, set_lr, take_step, weights_hash,
                    write_tensors, write_text)
 from dpo import BOTH_WAYS, read_pairs
-from sft import dice, draw_images, draw_masks, load_gpt, write_answers, write_reports
-from vqgan import VQGAN, encode_images, psnr, stack, to_images, to_pixels
+from sft import check_data, dice, draw_images, draw_masks, load_gpt, write_answers, write_reports
+from vqgan import VQGAN, encode_images, psnr, spread_indices, stack, to_images, to_pixels
 
 
 @dataclass

@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import vqgan as vqgan_stage
-from data import Finding, data_name, fingerprint, image_source, lexicon, match_findings, open_data, read_findings
+from data import Finding, fingerprint, image_source, lexicon, match_findings, open_data, read_findings
 from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_resume,
                    copy_folder, cli, config_for, finish_stage, first_alone, folder_hash, gather, generate, get_lr, init_run,
                    make_optimizers, own, process, processes, read_json, read_tensors, refuse, run, run_flags, save_state,
@@ -488,6 +488,20 @@ def load_vqgan(cfg, device, init=""):
         raise UserError(f"{folder} was trained for --image-size {vqgan.config.image_size} and --channels "
                         f"{vqgan.config.channels}, not {cfg.image_size} and {cfg.channels}: use these, or another --out")
     return vqgan
+
+
+def data_name(cfg):
+    """What a model trained with these flags was trained on, as its config.json says it."""
+    return image_source(cfg) if cfg.data else f"{image_source(cfg)} --bias {cfg.bias:g}"
+
+
+def check_data(trained_on, cfg, folder):
+    """Raise UserError if the model in `folder` was trained on other data than cfg names."""
+    if trained_on != data_name(cfg):
+        flags = f"--data {trained_on}"
+        if trained_on.startswith("phantoms"):
+            flags = trained_on.removeprefix("phantoms ") + " and no --data" * bool(cfg.data)
+        raise UserError(f"{folder} was trained on {trained_on}, not on {data_name(cfg)}: say {flags}, or name another --out")
 
 
 def load_gpt(folder, vqgan, device, model=None):

@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import image_source, open_data, spread_indices
+from data import image_source, open_data
 from model import (Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage, gather, get_lr, init_run,
                    load_folder, load_weights, make_config, own, processes, run, run_flags, save_folder, save_state, set_lr,
                    sum_over_processes, take_step)
@@ -313,6 +313,11 @@ def encode_images(images, vqgan, autocast):
     """A list of (H, W) or (H, W, 3) uint8 arrays to their codes (n, h·w), an int16 array."""
     with autocast():
         return vqgan.encode(to_pixels(stack(images, vqgan.config.channels)).to(vqgan.device)).cpu().numpy().astype(np.int16)
+
+
+def spread_indices(total, n):
+    """min(n, total) indices, evenly spread over range(total): a folder may be sorted by modality."""
+    return np.linspace(0, total, min(n, total), endpoint=False).astype(int)
 
 
 def image_stack(records, n, mask_share, channels, seed):

@@ -14,10 +14,9 @@ from PIL import Image, ImageFilter
 import data
 from data import (BODY_PHRASES, COMPANIONS, DISTORTIONS, MODALITIES, MODALITY_PHRASES, PHRASES, PIXEL_DISTORTIONS,
                   Finding, Phantoms, Record, Spec, add_noise, ask_both, ask_difference, ask_phantom, ask_removed,
-                  ask_whether, check_data, data_name, distort, draw, erase, flip, lexicon, match_findings, names_and_sides,
+                  ask_whether, distort, draw, erase, flip, lexicon, match_findings, names_and_sides,
                   open_data, phantom_record, phantom_spec, random_finding, read_findings, read_term, redraw,
-                  spread_indices, statement_of, write_report)
-from model import UserError
+                  statement_of, write_report)
 
 SHARED = Path(data.__file__).resolve().parent.parent / "shared" / "data"
 KINDS = [(modality, name) for modality, kinds in MODALITIES.items() for name in kinds]
@@ -284,27 +283,6 @@ def test_open_data_gives_three_splits():
         s: (s, cfg.seed, cfg.bias, cfg.image_size, cfg.modalities) for s in ("train", "val", "test")}
     assert len(splits["train"]) == cfg.records and len(splits["val"]) == 32 and len(splits["test"]) > 10_000
     assert len(open_data(SimpleNamespace(**vars(cfg) | {"records": 1000}))["val"]) == 100
-
-
-def test_a_model_goes_with_the_data_it_was_trained_on_alone(tmp_path):
-    phantoms, folder = SimpleNamespace(data="", bias=0.9, modalities=3), SimpleNamespace(data=str(tmp_path), bias=0.9)
-    chests = SimpleNamespace(data="", bias=0.9, modalities=1)
-    assert data_name(phantoms) == "phantoms --bias 0.9"                       # what older folders say
-    for cfg in (phantoms, folder, chests):
-        check_data(data_name(cfg), cfg, "out/sft")
-    with pytest.raises(UserError, match="^out/sft .*--bias 0.9"):
-        check_data(data_name(phantoms), SimpleNamespace(data="", bias=0.5, modalities=3), "out/sft")
-    with pytest.raises(UserError, match="say --modalities 1 --bias 0.9, or"):
-        check_data(data_name(chests), phantoms, "out/sft")
-    with pytest.raises(UserError, match="--bias 0.9"):
-        check_data(data_name(phantoms), folder, "out/sft")
-    with pytest.raises(UserError, match=f"--data {tmp_path}"):
-        check_data(data_name(folder), phantoms, "out/sft")
-
-
-def test_spread_indices_by_hand():
-    assert spread_indices(10, 4).tolist() == [0, 2, 5, 7]
-    assert spread_indices(3, 9).tolist() == [0, 1, 2]
 
 
 # ---- Findings read back --------------------------------------------------------------------------

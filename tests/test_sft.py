@@ -15,8 +15,8 @@ from conftest import Means, figures_of
 from data import PHRASES, Finding, Phantoms, Record, names_and_sides, phantom_spec, write_report
 from model import (GPT, SHARED_PRESETS, GPTConfig, UserError, cli, per_token_logps, read_tensors, save_state,
                    sequence_logps, take_step)
-from sft import (INSTRUCTIONS, MASKS_EACH, MAX_TEXT, TASKS, Study, Vocabulary, collate, dice, encode_records,
-                 extend_vocabulary, make_batch, make_example, response_loss)
+from sft import (INSTRUCTIONS, MASKS_EACH, MAX_TEXT, TASKS, Study, Vocabulary, check_data, collate, data_name, dice,
+                 encode_records, extend_vocabulary, make_batch, make_example, response_loss)
 from vqgan import VQGAN, stack, to_pixels
 
 K = 16                                                     # image codes
@@ -425,6 +425,22 @@ def begin(trained, tmp_path):
         shutil.copytree(trained / "vqgan", tmp_path / name / "vqgan")
         return tmp_path / name
     return begin
+
+
+def test_a_model_goes_with_the_data_it_was_trained_on_alone(tmp_path):
+    phantoms, folder = SimpleNamespace(data="", bias=0.9, modalities=3), SimpleNamespace(data=str(tmp_path), bias=0.9)
+    chests = SimpleNamespace(data="", bias=0.9, modalities=1)
+    assert data_name(phantoms) == "phantoms --bias 0.9"                       # what older folders say
+    for cfg in (phantoms, folder, chests):
+        check_data(data_name(cfg), cfg, "out/sft")
+    with pytest.raises(UserError, match="^out/sft .*--bias 0.9"):
+        check_data(data_name(phantoms), SimpleNamespace(data="", bias=0.5, modalities=3), "out/sft")
+    with pytest.raises(UserError, match="say --modalities 1 --bias 0.9, or"):
+        check_data(data_name(chests), phantoms, "out/sft")
+    with pytest.raises(UserError, match="--bias 0.9"):
+        check_data(data_name(phantoms), folder, "out/sft")
+    with pytest.raises(UserError, match=f"--data {tmp_path}"):
+        check_data(data_name(folder), phantoms, "out/sft")
 
 
 def test_resume_knows_the_image_tokenizer_it_started_from(begin):

@@ -16,7 +16,7 @@ from conftest import figures_of
 from data import Phantoms, Record
 from model import UserError, cli, read_tensors, save_state
 from vqgan import (VQGAN, PatchDiscriminator, VQGANConfig, VQGANTrainConfig, VectorQuantizer, adaptive_weight,
-                   codebook_figures, d_hinge_loss, encode_images, generator_losses, image_stack, psnr, reconstruction_loss,
+                   codebook_figures, d_hinge_loss, encode_images, generator_losses, image_stack, psnr, reconstruction_loss, spread_indices,
                    stack, to_images, to_pixels)
 
 AXES = torch.cat([torch.eye(3), -torch.eye(3)])       # six codes in three dimensions, far apart
@@ -215,6 +215,11 @@ def test_image_stack_holds_the_share_of_masks_asked_for(share):
     records = Phantoms("train", 120, size=16)
     is_mask = [set(x.unique().tolist()) <= {0, 255} for x in image_stack(records, 120, share, 1, seed=0)]
     assert np.mean(is_mask) == pytest.approx(share, abs=0.1 if 0 < share < 1 else 0)
+
+
+def test_spread_indices_by_hand():
+    assert spread_indices(10, 4).tolist() == [0, 2, 5, 7]
+    assert spread_indices(3, 9).tolist() == [0, 1, 2]
 
 
 def test_image_stack_spreads_over_the_records_and_repeats_gray():
