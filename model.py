@@ -158,7 +158,8 @@ class Backbone(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table = torch.empty(config.vocab_size, config.hidden_size)                # GPT draws its numbers, or they are loaded
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -183,7 +184,7 @@ class GPT(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
-            if p.dim() == 2:       # matrices that write to the residual stream start smaller (GPT-2)
+            if p.dim() == 2 and not p.is_meta:   # matrices that write to the residual stream start smaller (GPT-2)
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / (math.sqrt(2 * config.num_hidden_layers) if writes else 1))
 
@@ -950,7 +951,8 @@ def fits(value, kind):
 def load_weights(make, tensors, folder):
     """make()'s model with copies of these tensors; a mismatch of names or sizes is the user's to mend.
 
-    Copied, as tensors that were read are mapped to a file; made on the meta device, where a config.json costs no memory."""
+    Copied, as tensors that were read are mapped to a file; made on the meta device, where a config.json costs no memory.
+    (Nor may it draw normal numbers there: torch would import its compiler for them, two seconds of every start.)"""
     with refuse(f"{folder}: weights and config.json do not belong together", "bring back those that do"):
         with torch.device("meta"):
             model = make()

@@ -137,7 +137,10 @@ class VectorQuantizer(nn.Module):
 
     def __init__(self, codebook_size, code_dim):
         super().__init__()
-        self.codebook = nn.Parameter(F.normalize(torch.randn(codebook_size, code_dim), dim=1))
+        codebook = torch.empty(codebook_size, code_dim)
+        if not codebook.is_meta:                                # see load_weights
+            codebook = F.normalize(codebook.normal_(), dim=1)
+        self.codebook = nn.Parameter(codebook)
         # steps since each code was last used; part of the state, so that a resumed run renews alike
         self.register_buffer("idle", torch.zeros(codebook_size))
 

@@ -184,8 +184,9 @@ def test_no_results_are_named(tmp_path):
         captions.main(["--table", "--results", str(tmp_path)])
 
 
-def test_a_tiny_round(trained, tmp_path, capsys):
-    """Every method adapts the same base; LoRA writes fewer parameters; a second call trains nothing."""
+def test_a_tiny_round(trained, tmp_path, capsys, monkeypatch):
+    """Both ways adapt the same base; LoRA writes fewer parameters; a second call trains nothing."""
+    monkeypatch.delitem(captions.METHODS, "LoRA q,v")                  # each is a process of its own, and slow to start
     flags = ["--base", str(trained), "--out", str(tmp_path / "runs"), "--results", str(tmp_path), "--preset", "tiny",
              "--seeds", "0", "--steps", "2", "--records", "96", "--n", "6", "--small", str(tmp_path / "small")]
     sft.main(["--preset", "tiny", "--dtype", "float32", "--init", str(trained / "sft"), "--out", str(tmp_path / "small"), "--steps", "1"])
@@ -194,11 +195,11 @@ def test_a_tiny_round(trained, tmp_path, capsys):
     assert list(found) == ["before", "small, before", *captions.METHODS, captions.SMALL]
     for run, base in (("full", trained), ("LoRA-all", trained), ("small-full", tmp_path / "small")):
         assert json.loads((tmp_path / f"runs/phantoms-{run}-0/cost.json").read_text())["base"] == folder_hash(base / "sft")
-    full, thin, wide = (found[m]["trained"][0] for m in captions.METHODS)
-    assert thin < wide < full and all(found[m]["memory"][0] > 50 and found[m]["step"][0] >= 0 for m in captions.METHODS)
+    full, thin = (found[m]["trained"][0] for m in captions.METHODS)
+    assert thin < full and all(found[m]["memory"][0] > 50 and found[m]["step"][0] >= 0 for m in captions.METHODS)
     wanted = {"bleu1", "bleu4", "rouge_l", "meteor", "cider", "f1"}
     assert all(wanted <= found[m].keys() <= captions.ROWS.keys() for m in found)
     made = (tmp_path / "runs/phantoms-full-0/sft/model.safetensors").stat().st_mtime_ns
     captions.main(flags)
     assert (tmp_path / "runs/phantoms-full-0/sft/model.safetensors").stat().st_mtime_ns == made
-    assert "| metric | before | small, before | full | LoRA q,v | LoRA all | small, full |" in capsys.readouterr().out
+    assert "| metric | before | small, before | full | LoRA all | small, full |" in capsys.readouterr().out

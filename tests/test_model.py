@@ -4,8 +4,11 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import resource
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -723,6 +726,14 @@ def take_steps(gpt, optimizers, steps):
     for step in steps:
         set_lr(optimizers, get_lr(step, 8, 2))
         take_step(loss_at(gpt, step), gpt.parameters(), optimizers)
+
+
+def test_reading_models_does_not_import_torchs_compiler(trained):
+    """Two seconds of every `sample.py report`; some operations on the meta device, where models are made to be read, ask for it."""
+    code = ("import sys, model, vqgan; model.GPT.from_pretrained('sft'); vqgan.VQGAN.from_pretrained('vqgan'); "
+            "sys.exit('torch._dynamo' in sys.modules)")
+    environment = {**os.environ, "PYTHONPATH": str(Path(model.__file__).parent)}
+    assert subprocess.run([sys.executable, "-c", code], cwd=trained, env=environment).returncode == 0
 
 
 def test_resumed_state_continues_bit_identically(tiny, gpt, tmp_path):
