@@ -659,10 +659,12 @@ def read_mask(path, size, image):
 def to_eight_bits(image):
     """A PIL image of any mode as L or RGB."""
     if image.mode.startswith(("I", "F")):
-        values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0)
+        values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
+        if values.min() < 0:
+            raise BadRow("values below 0; bring it to 8 or 16 bits first, through the window that shows what counts")
         # the depth is not written in the file: the least of 8, 12 and 16 bits that holds the largest value
         top = next((t for t in (1.0, 255.0, 4095.0, 65535.0) if values.max() <= t), values.max())
-        return Image.fromarray((values.clip(min=0) / top * 255).round().astype(np.uint8))
+        return Image.fromarray((values / top * 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
@@ -675,16 +677,20 @@ def row_record(row, root, size, channels):
         raise BadRow("it is not an object with the fields of its layout")
     text = row.get("text") or row.get("caption") or row.get("report") or ""
     questions, findings, masks = (read_cell(row.get(field)) for field in ("questions", "findings", "masks"))
-    asked = [(q.get("question"), q.get("answer")) for q in questions if isinstance(q, dict)] if isinstance(questions, list) else []
-    questions = tuple((printable(q), printable(a)) for q, a in asked if isinstance(q, str) and isinstance(a, str) and q and a)
+    if questions and not (isinstance(questions, list) and all(isinstance(q, dict) for q in questions)):
+        say_once('questions that are no list of {"question", "answer"} are left out')
+        questions = []
+    asked = [[printable(str(q.get(k) or "").strip()) for k in ("question", "answer")] for q in questions or ()]
+    questions = tuple((q, a) for q, a in asked if q and a)
     if not isinstance(text, str) or not (text.strip() or questions):
-        raise BadRow("the text is empty")
+        raise BadRow("the text is empty" if isinstance(text, str) else "the text is no string")
     path = path_inside(root, row.get("file_name"))
     findings = None if findings is None else read_named(findings)
     if not isinstance(masks := masks or {}, dict):
         raise BadRow('masks must be {"structure": "file"}')
     masks = {printable(structure.replace("_", " ")): path_inside(root, file) for structure, file in masks.items()}
-    subject = next((str(row[k]) for k in ("patient_id", "subject_id", "subject", "study_id") if row.get(k) not in (None, "")), "")
+    ids = [row.get(k) for k in ("patient_id", "subject_id", "subject", "study_id")]
+    subject = next((str(i) for i in ids if i not in (None, "") and i == i), "")         # NaN, as pandas writes it, names nobody
     record = Record(path, printable(" ".join(text.split())), row["file_name"], findings, masks, str(row.get("modality") or ""),
                     str(row.get("body_part") or ""), questions, subject)
     read_pixels(record, size, channels)                # a file that cannot be read is refused here, not in training
@@ -723,7 +729,7 @@ def read_cell(value):
 
 def read_named(rows):
     """The field `findings` of a row as a tuple of Finding. Raises BadRow: an odd field must not count as "no findings"."""
-    is_named = lambda f: isinstance(f, dict) and isinstance(f.get("name"), str) and f["name"].strip() \
+    is_named = lambda f: isinstance(f, dict) and isinstance(f.get("name"), str) and f["name"].strip(" _-.") \
         and f.get("side") in (None, "", *LEFT_RIGHT, "bilateral")
     if not isinstance(rows, list) or not all(map(is_named, rows)):
         raise BadRow('findings must be a list of {"name", "side"}, the side left, right, bilateral or null')
@@ -736,6 +742,8 @@ def metadata_rows(path):
         if path.suffix == ".csv":
             csv.field_size_limit(max(path.stat().st_size, 131_072))
             reader = csv.DictReader(line.replace("\0", "\ufffd") for line in file)           # Python 3.10 stops at a NUL
+            if not {"file_name", "ID"} & {*(reader.fieldnames or ())}:
+                raise UserError(f"{path} has no column file_name (ROCOv2: ID): save it with a line of names first, commas, and in UTF-8")
             yield from ((reader.line_num, row) for row in reader)
         else:                                                  # row_record refuses a line that is not JSON
             yield from ((number, read_cell(line)) for number, line in enumerate(file, 1) if line.strip())
@@ -900,15 +908,6 @@ def lexicon(records):
     rows = records.rows if isinstance(records, Folder) else records
     names = sorted({f.name for r in rows for f in r.findings or ()})
     return {n: PHRASES.get(n, (" ".join(n.lower().replace("-", " ").split()),)) for n in names}
-
-
-def common_structures(records):
-    """{modality: structures that all its records with masks have}: what may be asked of an image without any."""
-    common = {}
-    for r in () if isinstance(records, Phantoms) else getattr(records, "rows", records):           # all phantoms have masks
-        if r.masks:
-            common[r.modality] = common.get(r.modality, r.masks.keys()) & r.masks.keys()
-    return common
 
 
 @lru_cache

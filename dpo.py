@@ -62,8 +62,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import sft as sft_stage
-from data import DISTORTIONS, add_noise, common_structures, distort, fingerprint, lexicon, open_data, statement_of
-from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_resume, cli, config_for,
+from data import DISTORTIONS, Phantoms, add_noise, distort, fingerprint, lexicon, open_data, statement_of
+from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_own, check_resume, cli, config_for,
                    finish_stage, gather, get_lr, init_run, make_optimizers, own, per_token_logps, process, read_json,
                    read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out,
                    sum_over_processes, take_step, train_mode, trained_parameters, weights_hash, write_tensors)
@@ -696,6 +696,15 @@ def add_entropy(pairs, model, vocab, cfg, phrases):
         pair.entropy = float((p * np.log(1 / p)).sum())
 
 
+def common_structures(records):
+    """{modality: structures that all its records with masks have}: what may be asked of an image without any."""
+    common = {}
+    for r in () if isinstance(records, Phantoms) else getattr(records, "rows", records):           # all phantoms have masks
+        if r.masks:
+            common[r.modality] = common.get(r.modality, r.masks.keys()) & r.masks.keys()
+    return common
+
+
 def add_proposals(pairs, records, model, vocab, vqgan, cfg, autocast):
     """For each pair: k masks of one structure that the SFT model draws, and their scores.
 
@@ -812,6 +821,7 @@ def load_or_build_pairs(cfg, records, studies, phrases, vqgan, model, vocab, aut
         if folder.exists() and not made:
             tqdm.write(f"{folder} was made with other flags or another SFT model: building it anew; what was trained on the "
                        "old pairs stays as it is")
+        check_own(cfg.out, "pairs")
         pairs = build_pairs(records, studies, cfg, vqgan, lambda r: key_region(r, model, vocab, vqgan, autocast), autocast)
         if cfg.candidates > 1:                              # all in wording 0, until set_responses draws it
             logps = sum_reference_logps(model, pairs, ("text_given",), vocab, cfg, autocast)["text_given"]
@@ -853,7 +863,8 @@ def check_flags(cfg):
         raise UserError(f"--q-min {cfg.q_min} is more than --q-max {cfg.q_max}: name them in this order")
     if name == "control" and cfg.objective != "sft":
         raise UserError("--name control is what others are compared with: it goes with --objective sft; name another")
-    if name in ("vqgan", "sft", "studies", "pairs", "reader", "eval", "..") or Path(name).name != name or Path(name).suffix:
+    taken = name in ("vqgan", "sft", "studies", "pairs", "reader", "eval")
+    if taken or name.startswith(".") or Path(name).name != name or Path(name).suffix:
         raise UserError(f"--name {name} is taken by another stage or is no plain name; name another")
     return name
 

@@ -506,6 +506,9 @@ def run(main):
     """Call a program's main(). What a user can mend becomes one line on stderr and exit status 2; SIGINT and SIGTERM end
     with a line too, and with 130 and 143, as shells expect."""
     before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                 # a terminal that lacks a letter shows its number
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         if dist.is_initialized():
@@ -621,7 +624,7 @@ def cli(Config, presets, argv=None, doc=None, choice=None):
         default = " ".join(map(str, f.default)) if f.type is tuple else f.default or repr(f.default)
         options["help"] += f" (default: {default})"
         parser.add_argument(flag, default=argparse.SUPPRESS, **options)
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_intermixed_args(argv))                 # flags may stand between words
     preset = given.get("preset", "small")
     flag, defaults = choice or ("preset", {})
     chosen = given.get(flag, getattr(Config, flag))
@@ -687,6 +690,8 @@ def init_run(cfg):
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and native
     torch.backends.cudnn.allow_tf32 = bf16                 # else a GPU rounds float32 in convolutions
     torch.backends.cuda.enable_cudnn_sdp(False)            # it plans for each new shape, and lengths change at every step
+    if not cfg.out or cfg.data and Path(cfg.out).resolve() == Path(cfg.data).resolve():
+        raise UserError(f"--out {cfg.out!r} is {'the folder of --data' if cfg.out else 'empty'}: name a folder of its own")
     with refuse(f"--out {cfg.out} cannot be written", "name a folder of your own"):
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         if hasattr(cfg, "resume") and signal.getsignal(signal.SIGTERM) is stop:      # it trains, and `run` has started it
@@ -957,6 +962,8 @@ def load_weights(make, tensors, folder):
         with torch.device("meta"):
             model = make()
         tensors = {k: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for k, v in tensors.items()}
+        if odd := [k for k, v in tensors.items() if not v.isfinite().all()]:
+            raise ValueError(f"{odd[0]} holds what is no number")
         model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval()
 
@@ -1049,7 +1056,8 @@ def folder_hash(folder):
 def run_flags(cfg):
     """The flags that a continuation must share with the run it continues, as JSON gives them back."""
     free = ("out", "device", "resume", "steps", "log_every", "grad_every", "save_every", "name", "recompute", "compile")
-    return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(cfg).items() if k not in free}))
+    flags = dataclasses.asdict(cfg) | {"data": cfg.data and str(Path(cfg.data).resolve())}
+    return json.loads(json.dumps({k: v for k, v in flags.items() if k not in free}))
 
 
 def trained_parameters(model):
@@ -1107,14 +1115,26 @@ def check_resume(cfg, name, base="", base_hash=""):
         progress = read_progress(source)
         other, step = other_flags(progress, cfg), progress["step"]
     if other:
-        raise UserError(f"--resume: {source} was started with other values of {', '.join(other)}; use those, "
-                        "or leave out --resume")
+        program = f"{name}.py" if name in ("vqgan", "sft") else "dpo.py"
+        raise UserError(f"--resume: {source} was started with other values of {', '.join(other)}; go on with `python {program} "
+                        "--resume` and those, or leave out --resume")
     if base and (progress.get("base") or base_hash) != base_hash:
         raise UserError(f"--resume: {source} was started from another {base}; leave out --resume")
     if step > cfg.steps:
         raise UserError(f"--resume: {source} has {step} steps behind it, --steps {cfg.steps} is less; "
                         "name more, or leave out --resume")
     return source
+
+
+def check_own(out, name):
+    """Raise UserError where a stage would replace what is not its own: a link, or a folder with what no stage writes."""
+    for folder in (Path(out) / f"{name}{end}" for end in ("", ".partial", ".old")):
+        if folder.is_symlink() or folder.is_file():
+            raise UserError(f"{folder} is a link or a file, to be replaced by a folder: move it away, or name another --out or --name")
+        for path in folder.iterdir() if folder.exists() else ():
+            if path.is_dir() or path.suffix not in (".safetensors", ".json", ".jsonl", ".new") and path.name[0] != ".":
+                raise UserError(f"{folder} is to be replaced, and holds {path.name}, which was not written here: move it away, or "
+                                "name another --out or --name")
 
 
 def copy_folder(source, target):
@@ -1129,6 +1149,7 @@ def begin_stage(cfg, name, models, optimizers):
     """Where a stage writes and where it starts: (unfinished folder, progress of the state resumed or {}).
 
     A stage works in out/NAME.partial and renames it to out/NAME when it is whole (`finish_stage`)."""
+    check_own(cfg.out, name)
     final, partial = Path(cfg.out) / name, Path(cfg.out) / f"{name}.partial"
     for parameter in [p for model in models for p in model.parameters()] if processes() > 1 else ():
         dist.broadcast(parameter.data, 0)                  # all begin with the first process's weights
@@ -1212,8 +1233,9 @@ class Log:
         self.in_a_row = 0 if math.isfinite(grad_norm) else self.in_a_row + 1
         self.skipped += self.in_a_row > 0
         if self.in_a_row == 5:
-            raise UserError(f"{self.title} diverged: no finite gradient in steps {step - 4} to {step}; start over with lower "
-                            f"learning rates (what was good last lies in {self.path.with_suffix('.partial')})")
+            saved = self.path.with_suffix(".partial")
+            raise UserError(f"{self.title} diverged: no finite gradient in steps {step - 4} to {step}; start over with lower learning "
+                            "rates" + f" (what was good last lies in {saved})" * saved.exists())
 
     def warn(self, sign, sentence):
         """Say once that a figure looks like trouble."""
@@ -1227,6 +1249,8 @@ class Log:
         Log.running = None
         if asked := largest_of_processes(self.asked):
             raise Stopped(asked)
+        if self.in_a_row:
+            raise UserError(f"{self.title} diverged: its last step had no finite gradient; start over with lower learning rates")
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------

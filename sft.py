@@ -30,9 +30,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import vqgan as vqgan_stage
-from data import Finding, fingerprint, image_source, lexicon, match_findings, open_data, read_findings
-from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_resume,
-                   copy_folder, cli, config_for, finish_stage, first_alone, folder_hash, gather, generate, get_lr, init_run,
+from data import Finding, fingerprint, image_source, lexicon, match_findings, open_data, printable, read_findings
+from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_own,
+                   check_resume, copy_folder, cli, config_for, finish_stage, first_alone, folder_hash, gather, generate, get_lr, init_run,
                    make_optimizers, own, process, processes, read_json, read_tensors, refuse, run, run_flags, save_state,
                    save_tuned, sequence_logps, set_lr, take_step, train_mode, trained_parameters, wait, weights_hash,
                    write_tensors, write_text)
@@ -118,7 +118,7 @@ class Vocabulary:
 
     def encode_text(self, text):
         """Text to ids, at most MAX_TEXT of them; says once when it cuts."""
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self.tokenizer.encode(printable(text), add_special_tokens=False).ids
         if len(ids) > MAX_TEXT and not self.has_cut:
             self.has_cut = True
             tqdm.write(f"a text of {len(ids)} tokens was cut to {MAX_TEXT}, and so will be others: {text[:60]!r}…")
@@ -340,6 +340,8 @@ def train(cfg):
     device, autocast = init_run(cfg)
     if cfg.lora_rank and not cfg.init:
         raise UserError("--lora-rank adapts a model that can do something already: name one with --init")
+    if cfg.init and not (Path(cfg.init) / "config.json").is_file():
+        raise UserError(f"--init {cfg.init} holds no model (config.json): name the folder of one")
     vqgan = load_vqgan(cfg, device, cfg.init)
     if not cfg.init and vqgan.config.data != image_source(cfg):
         raise UserError(f"{cfg.out}/vqgan was trained on {vqgan.config.data}, not on {image_source(cfg)}: "
@@ -452,6 +454,7 @@ def open_studies(cfg, records, vqgan, autocast):
         tqdm.write(f"{folder} is damaged ({error}) and is made anew")
         studies = ()
     if len(studies) != len(records):
+        check_own(cfg.out, "studies")
         if process() == 0 and read_json(partial / "config.json") != recipe:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import image_source, open_data
-from model import (Log, RunConfig, UserError, arg, batch_indices, begin_stage, cli, finish_stage, gather, get_lr, init_run,
-                   load_folder, load_weights, make_config, own, processes, run, run_flags, save_folder, save_state, set_lr,
+from model import (Log, RunConfig, UserError, arg, batch_indices, begin_stage, check_resume, cli, finish_stage, gather, get_lr,
+                   init_run, load_folder, load_weights, make_config, own, processes, run, run_flags, save_folder, save_state, set_lr,
                    sum_over_processes, take_step)
 
 
@@ -339,6 +339,8 @@ def image_stack(records, n, mask_share, channels, seed):
 def train(cfg):
     """Train the tokenizer and write out/vqgan."""
     device, autocast = init_run(cfg)
+    check_resume(cfg, "vqgan")                               # fail before the slow part, not at begin_stage
+    data = open_data(cfg)
     config = VQGANConfig(cfg.image_size, cfg.channels, WIDTHS[cfg.preset], cfg.codebook_size, cfg.code_dim,
                          image_source(cfg))
     vqgan = VQGAN(config).to(device, memory_format=torch.channels_last)
@@ -347,7 +349,6 @@ def train(cfg):
     d_optimizer = torch.optim.AdamW(disc.parameters(), lr=0.2 * cfg.lr, betas=(0.5, 0.9), weight_decay=0.0)
     folder, progress = begin_stage(cfg, "vqgan", [vqgan, disc], [optimizer, d_optimizer])
     start = progress.get("step", 0)
-    data = open_data(cfg)
     images = image_stack(data["train"], cfg.images, cfg.mask_share, cfg.channels, cfg.seed)
     val = to_pixels(image_stack(data["val"], 256, cfg.mask_share, cfg.channels, cfg.seed)).to(device)
     log = Log(f"{cfg.out}/vqgan.jsonl", "vqgan", cfg.steps, start)

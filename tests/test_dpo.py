@@ -912,7 +912,7 @@ def test_a_model_is_written_to_the_folder_of_its_objective_or_name(objective, fl
 @pytest.mark.parametrize("flags, named", [
     (["--q-min", "0.5", "--q-max", "0.4"], "--q-min 0.5.*--q-max 0.4"),
     (["--name", "control"], "--name control.*--objective sft"), *((["--name", name], f"--name {re.escape(name)}")
-      for name in ("vqgan", "sft", "pairs", "reader", "eval", "..", "../up", "a/b", "a.partial"))])
+      for name in ("vqgan", "sft", "pairs", "reader", "eval", "..", "../up", "a/b", "a.partial", ".lock"))])
 def test_flags_that_do_not_go_together_are_refused(flags, named):
     with pytest.raises(UserError, match=named):
         dpo.check_flags(config("napo", *flags))

@@ -124,6 +124,40 @@ def test_a_mask_that_does_not_fit_its_image_is_named(tmp_path, capsys, size, why
     assert f"row 6 (a.png): mask m.png: {why}" in messages(capsys)[0]
 
 
+def test_a_csv_without_its_columns_is_named(tmp_path):
+    """As a spreadsheet writes it with semicolons, or in UTF-16."""
+    picture(tmp_path / "train/0.png")
+    for encoding, line in (("utf-8", "file_name;text"), ("utf-16", "file_name,text")):
+        (tmp_path / "train/metadata.csv").write_text(f"{line}\n0.png;T.\n", encoding=encoding)
+        with pytest.raises(UserError, match="metadata.csv has no column file_name .*commas.*UTF-8"):
+            read_folder.__wrapped__(tmp_path, 32, 1)
+
+
+def test_values_below_0_are_refused_and_not_shown_black(tmp_path):
+    """Hounsfield units, say."""
+    (tmp_path / "train").mkdir()
+    for dtype in (np.int32, np.float32):
+        Image.fromarray(np.linspace(-1000, 500, 1600).reshape(40, 40).astype(dtype)).save(tmp_path / "train/a.tiff")
+        with pytest.raises(BadRow, match="values below 0"):
+            read_image(tmp_path / "train/a.tiff", 32, 1)
+
+
+def test_a_patient_without_a_name_is_nobody(tmp_path):
+    """NaN, as pandas writes what is missing."""
+    rows = [f'{{"file_name": "i{i}.png", "text": "T.", "patient_id": NaN, "subject_id": {"NaN" if i else 7}}}' for i in range(5)]
+    splits = read_folder(image_folder(tmp_path, rows), 32, 1)
+    assert {r.subject for r in rows_of_names(splits) if r.text == "T."} == {"7", "i1.png", "i2.png", "i3.png", "i4.png"}
+
+
+def test_questions_and_answers_may_be_numbers_and_odd_ones_are_told(tmp_path, capsys):
+    data.say_once.cache_clear()
+    rows = [{"file_name": "i0.png", "text": "One.", "questions": [{"question": "How many?", "answer": 2}, {"question": "Why?", "answer": ""}]},
+            {"file_name": "i1.png", "text": "Two.", "questions": {"question": "Q?", "answer": "A."}}]
+    records = rows_of(read_folder(image_folder(tmp_path, rows), 32, 1))
+    assert records["One."].questions == (("How many?", "2"),) and records["Two."].questions == ()
+    assert "no list of" in capsys.readouterr().out
+
+
 def test_an_empty_list_of_findings_is_known_to_be_none(tmp_path):
     records = rows_of(read_folder(image_folder(tmp_path, [{"file_name": "i0.png", "text": "N.", "findings": []}]), 32, 1))
     assert records["N."].findings == () and records["Good 0."].findings is None

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import json
 import math
 import os
@@ -802,6 +803,51 @@ def test_stage_begins_where_it_should(gpt, tmp_path, left, resume, step):
     assert folder.exists() == resume         # starting over clears it, a finished run is gone on with as a copy
 
 
+@pytest.mark.parametrize("make", [lambda path: (path.mkdir(), (path / "patient.dcm").write_text("mine")), lambda path: (path / "sub").mkdir(parents=True),
+                                  lambda path: path.symlink_to(path.parent), lambda path: path.write_text("mine")],
+                         ids=["a foreign file", "a folder", "a link", "a file"])
+@pytest.mark.parametrize("name", ["x", "x.partial", "x.old"])
+def test_what_is_not_a_stages_own_is_never_replaced(gpt, tmp_path, make, name):
+    make(tmp_path / name)
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=f"{tmp_path / name} is .*move it away"):
+        begin_stage(stage_config(tmp_path, False), "x", [gpt], [])
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_folder_of_ones_own_is_named(tmp_path):
+    for out, data, why in (("", "", "empty"), (str(tmp_path), f"{tmp_path}/.", "the folder of --data")):
+        with pytest.raises(UserError, match=f"--out '.*' is {why}"):
+            model.init_run(RunConfig(out=out, data=data))
+
+
+def test_the_same_data_in_other_words_are_the_same_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_flags(RunConfig(data="d")) == run_flags(RunConfig(data="./d/")) == run_flags(RunConfig(data=str(tmp_path / "d")))
+    assert run_flags(RunConfig())["data"] == ""
+
+
+def test_flags_may_stand_between_words():
+    for argv in (["--n", "3", "report", "a.png"], ["report", "--n", "3", "a.png"], ["report", "a.png", "--n", "3"]):
+        cfg = cli(sample.SampleConfig, sample.PRESETS, argv)
+        assert (list(cfg.words), cfg.n) == (["report", "a.png"], 3)
+
+
+def test_a_terminal_that_lacks_a_letter_shows_its_number(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    run(lambda: print("é \ufffd", flush=True))
+    assert sys.stdout.buffer.getvalue() == b"\xe9 \\ufffd\n"
+
+
+def test_weights_that_are_no_numbers_are_refused(gpt, tmp_path):
+    gpt.save_pretrained(tmp_path)
+    state = read_tensors(tmp_path / "model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"] * float("nan")
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"{tmp_path}: .*model.norm.weight holds what is no number"):
+        GPT.from_pretrained(tmp_path)
+
+
 def test_resume_of_nothing_starts_at_0(gpt, tmp_path):
     """`dpo.py --resume` after a kill in the stage before must not fail once that stage is done."""
     assert begin_stage(stage_config(tmp_path, True), "x", [gpt], []) == (tmp_path / "x.partial", {})
@@ -919,9 +965,11 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_five_in_a_row_stop
     log(4, loss=1.0)
     for step in range(5, 9):
         log.count(step, float("nan"))
+    (tmp_path / "x.partial").mkdir()
     with pytest.raises(UserError, match=r"steps 5 to 9.*x\.partial"):
         log.count(9, float("inf"))
-    log.close()
+    with pytest.raises(UserError, match="diverged: its last step"):               # a short run does not come to five
+        log.close()
     assert read_log(tmp_path / "x.jsonl")[0]["skipped"] == 4
 
 

@@ -443,6 +443,18 @@ def test_a_model_goes_with_the_data_it_was_trained_on_alone(tmp_path):
         check_data(data_name(folder), phantoms, "out/sft")
 
 
+def test_an_init_that_is_no_model_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(UserError, match=f"--init {tmp_path} holds no model"):
+        sft.main([*SHORT, "--init", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out/vqgan").exists()
+
+
+def test_half_a_letter_is_read_as_a_question_mark():
+    """As a shell passes what is not UTF-8."""
+    vocab = Vocabulary.train(["Caf? Normal."] * 3, codebook_size=8, text_size=300)
+    assert vocab.encode_text("caf\udce9") == vocab.encode_text("caf?")
+
+
 def test_resume_knows_the_image_tokenizer_it_started_from(begin):
     out = begin("other")
     sft.main([*SHORT, "--out", str(out)])

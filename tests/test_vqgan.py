@@ -329,6 +329,14 @@ class Stopped(Exception):
     pass
 
 
+def test_a_refused_command_leaves_an_unfinished_run(tmp_path):
+    (tmp_path / "vqgan.partial").mkdir()
+    save_state(tmp_path / "vqgan.partial", 1, [], [])
+    with pytest.raises(UserError, match="--data"):
+        program.main([*flags(tmp_path), "--data", str(tmp_path / "nothing")])
+    assert (tmp_path / "vqgan.partial/state.safetensors").exists()
+
+
 def test_stopped_and_resumed_equals_straight_through(tmp_path, monkeypatch):
     """Across the adversary's start, code renewal and the log; the stop comes right after step 4's state."""
     options = dict(steps=8, disc_start=2, renew_every=2, save_every=4, log_every=1)
