@@ -342,7 +342,7 @@ def cut_out(image, rng, strength):
 def crop(image, rng, strength):
     """A random window of a fifth of the area, enlarged."""
     h, w = (round(side * 0.2 ** 0.5) for side in image.shape[:2])
-    y, x = rng.integers(h + 1), rng.integers(w + 1)
+    y, x = rng.integers(image.shape[0] - h + 1), rng.integers(image.shape[1] - w + 1)
     window = Image.fromarray(image[y:y + h, x:x + w])
     return np.asarray(window.resize((image.shape[1], image.shape[0]), Image.Resampling.BICUBIC))
 

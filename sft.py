@@ -340,7 +340,7 @@ def train(cfg):
     device, autocast = init_run(cfg)
     if cfg.lora_rank and not cfg.init:
         raise UserError("--lora-rank adapts a model that can do something already: name one with --init")
-    if cfg.init and not (Path(cfg.init) / "config.json").is_file():
+    if cfg.init and not (Path(cfg.init).resolve() / "config.json").is_file():
         raise UserError(f"--init {cfg.init} holds no model (config.json): name the folder of one")
     vqgan = load_vqgan(cfg, device, cfg.init)
     if not cfg.init and vqgan.config.data != image_source(cfg):

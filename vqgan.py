@@ -14,7 +14,7 @@ Three choices differ from the paper, each so that it trains from nothing in minu
 - LPIPS needs downloaded weights. Its place is taken by squared errors, of pixels and of 4x4-pooled images,
   which hold small bright findings that plain L1 gives up, and, once the discriminator plays, by feature
   matching on its layers (arXiv:1711.11585);
-- commitment weight 0.1, not 0.25: on flat images the larger one pulls codes together; L1 at 0.3, the adversary at 0.1.
+- commitment weight 0.1, not 0.25: on flat images the larger one pulls codes together.
 
 All of this file is the lesson: blocks, quantizer, discriminator, losses, images to codes and back, training.
 A healthy log: psnr over 25 and codebook/usage near 1 within a few hundred steps. Measure a vqgan by

@@ -44,7 +44,8 @@ CLAIMS = {"bidpo-strict": without("text_given", "image_given", "answer", "answer
           "napo-agreeing": "--objective napo --keep-agreeing",
           "napo-bce-agreeing": "--objective napo --keep-agreeing --q-max 0.001",
           **{f"mdpo-{order}": f"--objective mdpo --curriculum {order}" for order in ("hard-first", "shuffled")},
-          **{f"mdpo-own-{k}": f"--objective mdpo --rejected own --candidates 1 --distort {k}" for k in ("remove", "region-noise", "crop", "noise")},
+          **{f"mdpo-own-{k}": f"--objective mdpo --rejected own --candidates 1 --distort {k}"
+             for k in ("remove", "region-noise", "crop", "noise")},
           **{f"{o}-flip30": f"--objective {o} --flip-pairs 0.3" for o in ("dpo", "napo")},
           "cdpo-flip30": "--objective dpo --flip-pairs 0.3 --label-smoothing 0.3",
           **{f"rndpo-judge{p}": f"--objective rndpo --judge-noise 0.{p}" for p in (2, 4)},

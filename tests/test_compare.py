@@ -219,6 +219,13 @@ def test_held_out_margins_are_what_a_model_prefers_more_than_sft(out, monkeypatc
     assert len({p.name for p in pairs}) == len(pairs) and all(p.name.startswith("val/") for p in pairs)
 
 
+def test_the_distortions_compared_differ_in_the_twin_alone():
+    """Claim 6: one twin a record, and a rejected report that does not depend on it."""
+    for kind in ("remove", "region-noise", "crop", "noise"):
+        cfg = cli(dpo.DPOConfig, dpo.PRESETS, compare.RECIPES[f"mdpo-own-{kind}"].split(), None, ("objective", dpo.OBJECTIVE_DEFAULTS))
+        assert (cfg.objective, cfg.candidates, list(cfg.rejected), list(cfg.distort)) == ("mdpo", 1, ["own"], [kind])
+
+
 def test_a_table_of_nothing_is_refused(tmp_path):
     """What is shown, and so what is written, is in the folder of the runs unless --results says otherwise."""
     for flag, folder in (("--results", ""), ("--out", "/results")):

@@ -507,6 +507,13 @@ def test_crop_enlarges_a_window_of_a_fifth_of_the_area():
     assert 100 < cropped.max() - cropped.min() < 125       # √0.2 of the range 0..252
 
 
+def test_a_crop_may_lie_anywhere():
+    rows = np.repeat(np.arange(64, dtype=np.uint8)[:, None], 64, axis=1)
+    for ramp in (rows, rows.T):
+        crops = [data.crop(ramp, np.random.default_rng(i), 1) for i in range(200)]
+        assert min(c.min() for c in crops) < 2 and max(c.max() for c in crops) > 61
+
+
 def test_erase_fills_with_the_median_around():
     image, mask = np.full((20, 20, 3), (10, 20, 30), np.uint8), np.zeros((20, 20), bool)
     mask[5:9, 5:9] = True

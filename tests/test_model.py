@@ -453,6 +453,7 @@ def test_init_run_seeds_and_sets_precision(dtype, tmp_path):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is getattr(torch, dtype)
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.randn(3)) and device.type == "cpu"
+    assert torch.backends.cudnn.allow_tf32 == (dtype == "bfloat16") and not torch.backends.cuda.cudnn_sdp_enabled()
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 

@@ -84,7 +84,8 @@ def parsers():
         raise Made(parser)
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, stop)
         for name, module in ({name: MODULES[name] for name in PROGRAMS} | RUNNERS).items():
             with pytest.raises(Made) as made:
                 module.main([])
@@ -417,8 +418,8 @@ def imports_of(path):
     """The first names of all that a file of Python imports, wherever in it, or skips a test without."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    names += ["." * node.level + (node.module or "") for node in nodes if isinstance(node, ast.ImportFrom)]
-    names += [node.args[0].value for node in nodes if isinstance(node, ast.Call) and "importorskip" in vars(node.func).values()]
+    names += [node.module or "." for node in nodes if isinstance(node, ast.ImportFrom)]
+    names += [node.args[0].value for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "importorskip"]
     return {name.split(".")[0] for name in names}
 
 
