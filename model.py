@@ -1126,6 +1126,7 @@ def check_resume(cfg, name, base="", base_hash=""):
     return source
 
 
+@first_alone
 def check_own(out, name):
     """Raise UserError where a stage would replace what is not its own: a link, or a folder with what no stage writes."""
     for folder in (Path(out) / f"{name}{end}" for end in ("", ".partial", ".old")):
