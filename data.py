@@ -834,9 +834,10 @@ def read_folder(folder, size, channels):
     if not seen:
         raise UserError(f"--data {folder} is empty or in no known layout: it needs metadata.jsonl or metadata.csv "
                         "(file_name, text), NAME_captions.csv with a folder NAME, or a LLaVA *.json")
-    n = sum(map(len, splits.values()))
+    n, odd = sum(map(len, splits.values())), sum("\ufffd" in r.text for rows in splits.values() for r in rows)
     causes = "; ".join(f"{count} {why}" for why, count in skipped.most_common(20))
-    tqdm.write(f"{folder}: {seen} layout, {n} read, {skipped.total()} skipped" + (f" ({causes})" if causes else ""))
+    tqdm.write(f"{folder}: {seen} layout, {n} read, {skipped.total()} skipped" + f" ({causes})" * bool(causes)
+               + f"; {odd} texts hold letters that are not UTF-8" * bool(odd))
     if n == 0:
         raise UserError(f"--data {folder}: no usable row ({causes or 'no rows at all'})")
     return {split: Folder(rows, size, channels) for split, rows in fill_splits(splits, folder).items()}

@@ -501,7 +501,7 @@ def data_name(cfg):
 def check_data(trained_on, cfg, folder):
     """Raise UserError if the model in `folder` was trained on other data than cfg names."""
     if trained_on != data_name(cfg):
-        flags = f"--data {trained_on}"
+        flags = f"--data {trained_on}" + " (moved? put it back there)" * (not Path(trained_on).exists())
         if trained_on.startswith("phantoms"):
             flags = trained_on.removeprefix("phantoms ") + " and no --data" * bool(cfg.data)
         raise UserError(f"{folder} was trained on {trained_on}, not on {data_name(cfg)}: say {flags}, or name another --out")

@@ -133,6 +133,13 @@ def test_a_csv_without_its_columns_is_named(tmp_path):
             read_folder.__wrapped__(tmp_path, 32, 1)
 
 
+def test_letters_that_are_not_utf_8_are_told(tmp_path, capsys):
+    file = image_folder(tmp_path, [{"file_name": "i0.png", "text": "Ödem links."}]) / "train" / "metadata.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"\\u00d6", "Ö".encode("cp1252")))
+    assert "\ufffddem links." in rows_of(read_folder(tmp_path, 16, 1))
+    assert "6 read, 0 skipped; 1 texts hold letters that are not UTF-8" in messages(capsys)[-1]
+
+
 def test_values_below_0_are_refused_and_not_shown_black(tmp_path):
     """Hounsfield units, say."""
     (tmp_path / "train").mkdir()

@@ -441,6 +441,8 @@ def test_a_model_goes_with_the_data_it_was_trained_on_alone(tmp_path):
         check_data(data_name(phantoms), folder, "out/sft")
     with pytest.raises(UserError, match=f"--data {tmp_path}"):
         check_data(data_name(folder), phantoms, "out/sft")
+    with pytest.raises(UserError, match=r"say --data /gone \(moved\? put it back there\), or"):
+        check_data("/gone", phantoms, "out/sft")
 
 
 def test_an_init_that_is_no_model_is_refused_before_anything_is_trained(tmp_path):
