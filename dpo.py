@@ -600,9 +600,9 @@ def train(cfg):
     name = check_flags(cfg)
     device, autocast = init_run(cfg)
     model, vocab, vqgan = load_sft(cfg, device)
-    sft_hash = weights_hash(model)
-    check_resume(cfg, name, f"{cfg.out}/sft", sft_hash)      # fail before the slow part, not at begin_stage
     data = open_data(cfg)
+    origin = {"another SFT model": weights_hash(model), "other data": fingerprint(data["train"])}
+    check_resume(cfg, name, origin)                          # fail before the slow part, not at begin_stage
     phrases, sequences = lexicon(data["train"]), sequences_of(cfg)
     studies = open_studies(cfg, data["train"], vqgan, autocast)
     pairs = load_or_build_pairs(cfg, data["train"], studies, phrases, vqgan, model, vocab, autocast)
@@ -644,7 +644,7 @@ def train(cfg):
             log.warn(any(masked_mean(c.margin.abs(), c.keep) > 30 for c in contrasts.values()),
                      "margins are over 30: the model is far from its reference; lower --beta or the learning rates")
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stopping:
-            save_state(folder, step + 1, [trained], optimizers, flags=run_flags(cfg), base=sft_hash)
+            save_state(folder, step + 1, [trained], optimizers, flags=run_flags(cfg), origin=origin)
         if log.stopping:
             log.close()                                      # raises Stopped
     log.close()

@@ -519,7 +519,7 @@ def run(main):
     except UserError as error:
         fail(error)
     except OSError as error:                               # a full disk, a folder that went away
-        fail(f"{error.filename or 'a file'}: {error.strerror or error}; nothing whole is lost: mend that; training goes on "
+        fail(f"{error.filename or 'its output'}: {error.strerror or error}; nothing whole is lost: mend that; training goes on "
              "with --resume")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, dist.DistError) or "Connection closed by peer" in str(error):
@@ -682,7 +682,7 @@ def init_run(cfg):
         device = torch.device(device)
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     torch.manual_seed(cfg.seed)
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")    # a CPU's kernels, one a shape: else a gigabyte of them
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
@@ -1104,9 +1104,9 @@ def load_state(folder, models, optimizers):
     return progress
 
 
-def check_resume(cfg, name, base="", base_hash=""):
+def check_resume(cfg, name, origin=()):
     """The folder whose saved state --resume goes on from, or None. Raises UserError if another run's flags made it, or if
-    what it was started from, the folder `base`, had another hash then."""
+    what it was started from is not the same: origin, {what to call another one: hash}."""
     final, partial = Path(cfg.out) / name, Path(cfg.out) / f"{name}.partial"
     source = next((f for f in (partial, final) if (f / "state.safetensors").exists()), None)
     if not (cfg.resume and source):
@@ -1118,8 +1118,8 @@ def check_resume(cfg, name, base="", base_hash=""):
         program = f"{name}.py" if name in ("vqgan", "sft") else "dpo.py"
         raise UserError(f"--resume: {source} was started with other values of {', '.join(other)}; go on with `python {program} "
                         "--resume` and those, or leave out --resume")
-    if base and (progress.get("base") or base_hash) != base_hash:
-        raise UserError(f"--resume: {source} was started from another {base}; leave out --resume")
+    if others := [other for other in origin if progress.get("origin", {}).get(other, origin[other]) != origin[other]]:
+        raise UserError(f"--resume: {source} was started from {' and '.join(others)}; leave out --resume")
     if step > cfg.steps:
         raise UserError(f"--resume: {source} has {step} steps behind it, --steps {cfg.steps} is less; "
                         "name more, or leave out --resume")

@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import (BODY_PHRASES, COMPANIONS, MODALITIES, MODALITY_PHRASES, Finding, Phantoms, ask_whether,
-                  image_source, lexicon, match_findings, names_and_sides, open_data, read_findings, read_image,
+                  fingerprint, image_source, lexicon, match_findings, names_and_sides, open_data, read_findings, read_image,
                   read_term)
 from model import (RunConfig, UserError, arg, batch_indices, cli, get_lr, init_run, load_folder, load_weights, read_json,
                    read_log, read_metadata, read_progress, read_tensors, refuse, run, save_folder, set_lr, take_step, weights_hash,
@@ -170,6 +170,7 @@ class Benchmark:
     known: bool              # whether findings can be counted: the records' are known, and some are named
     bootstrap: Bootstrap
     cfg: SampleConfig
+    data: str = ""           # fingerprints of the splits
 
 
 def make_benchmark(cfg, vqgan, device, autocast):
@@ -181,7 +182,7 @@ def make_benchmark(cfg, vqgan, device, autocast):
     images = [r.image for r in records]
     known = bool(phrases) and all(r.findings is not None for r in records)
     return Benchmark(records, encode_images(images, vqgan, autocast), to_pixels(stack(images, cfg.channels)).to(device),
-                     phrases, reader, known, Bootstrap(n, cfg.bootstrap), cfg)
+                     phrases, reader, known, Bootstrap(n, cfg.bootstrap), cfg, "".join(map(fingerprint, data.values())))
 
 
 def evaluate_reconstruction(vqgan, bench):
@@ -350,12 +351,12 @@ def read_reader(folder, recipe, device):
 def load_reader(data, cfg, device, autocast):
     """The finding reader of cfg.out, trained first where there is none of this recipe; None without labels."""
     folder, train = Path(cfg.out) / "reader", data["train"]
-    recipe = {"data": image_source(cfg), "channels": cfg.channels, "image_size": cfg.image_size, "seed": cfg.seed,
-              "records": cfg.records, "steps": cfg.reader_steps}
-    if reader := read_reader(folder, recipe, device):
-        return reader
     if isinstance(train, Phantoms):          # other patients than the models', and no bias
         train = Phantoms("reader", min(12000, cfg.records), cfg.seed, 0.0, cfg.image_size, cfg.modalities)
+    recipe = {"data": fingerprint(train), "channels": cfg.channels, "image_size": cfg.image_size, "seed": cfg.seed,
+              "steps": cfg.reader_steps}
+    if reader := read_reader(folder, recipe, device):
+        return reader
     records = [train[int(i)] for i in tqdm(spread_indices(len(train), 12000), desc="the reader's images", leave=False)]
     train_reader(records, folder, recipe, cfg, device, autocast)
     return read_reader(folder, recipe, device)
@@ -387,14 +388,21 @@ def find_models(out):
     return sorted(names, key=lambda n: (n != "sft", n != "control", n))
 
 
-def warn_of_other_sft(out, loaded):
-    """Say which models stage 2 began from another SFT model than out/sft now is: beside it their figures mean nothing."""
-    now = weights_hash(loaded["sft"][0]) if "sft" in loaded else ""
-    for name in loaded if now else ():
+def warn_of_unlike(out, loaded):
+    """Say which models of stage 2 do not compare: begun from another SFT model than out/sft now is, or of other steps, pairs
+    or seed than the control."""
+    now, tuned = weights_hash(loaded["sft"][0]) if "sft" in loaded else "", {}
+    for name in loaded:
         with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError):      # a folder without its state says nothing
-            progress = read_progress(out / name)
-            if "objective" in progress["flags"] and progress["base"] != now:
-                tqdm.write(f"{out / name} was trained from another {out / 'sft'} than is there now: train it again to compare them")
+            if "objective" in (progress := read_progress(out / name))["flags"]:
+                tuned[name] = progress
+    for name, progress in tuned.items():
+        if now and progress.get("origin", {}).get("another SFT model", now) != now:
+            tqdm.write(f"{out / name} was trained from another {out / 'sft'} than is there now: train it again to compare them")
+        own, its = ({"steps": p["step"], **p["flags"]} for p in (progress, tuned.get("control", progress)))
+        if other := [f"--{k.replace('_', '-')}" for k in ("steps", "batch_size", "pairs", "seed") if own[k] != its[k]]:
+            tqdm.write(f"{out / name} and {out / 'control'} were trained with other {', '.join(other)}: their difference has "
+                       "more than one cause")
 
 
 def choose_model(cfg, names):
@@ -435,7 +443,7 @@ def evaluate_model(name, model, vocab, vqgan, bench):
     flags = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("words", "model", "out", "device", "count")}
     code = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
     recipe = json.dumps({"models": [weights_hash(m) for m in (model, vqgan, bench.reader) if m is not None],
-                         "test": zlib.crc32(bench.codes.tobytes()), "code": zlib.crc32(code), **flags})
+                         "splits": bench.data, "code": zlib.crc32(code), **flags})
     captions = path.with_suffix(".captions.json")
     if (kept := read_kept(path, recipe)) and read_json(captions) is not None:
         return kept
@@ -459,7 +467,7 @@ def evaluate(cfg):
     loaded = {name: load_gpt(out / name, vqgan, device) for name in names}
     for name, (model, _) in loaded.items():
         check_data(model.config.data, cfg, out / name)
-    warn_of_other_sft(out, loaded)
+    warn_of_unlike(out, loaded)
     bench = make_benchmark(cfg, vqgan, device, autocast)
     with autocast():
         results = {"vqgan": evaluate_reconstruction(vqgan, bench)}
@@ -703,7 +711,7 @@ def answer_user(cfg):
     needs = {"report": "IMAGE ...", "ask": 'IMAGE "QUESTION"', "segment": 'IMAGE "STRUCTURE"', "generate": '"TEXT"'}
     if command not in needs:
         raise UserError(f"{command!r} is no command; there are: {', '.join(needs)}, or none for the evaluation")
-    if not words or command in ("ask", "segment") and len(words) != 2:
+    if not "".join(words).strip() or command in ("ask", "segment") and (len(words) != 2 or not words[1].strip()):
         raise UserError(f"usage: python sample.py {command} {needs[command]}")
     name = choose_model(cfg, find_models(cfg.out))
     device, autocast = init_run(cfg)
@@ -721,7 +729,7 @@ def answer_user(cfg):
             drawn = draw_images(model, vocab, vqgan, [" ".join(words)] * cfg.count, cfg.guidance, **options)
             tiles = [tile(x, 256) for x in drawn]
         elif command == "segment":
-            mask = draw_masks(model, vocab, vqgan, codes, words[1:])[0]
+            mask = draw_masks(model, vocab, vqgan, codes, [words[1].replace("_", " ")])[0]
             tiles = [Image.fromarray(pixels).convert("RGB").resize((256, 256)) for pixels in (images[0], mask)]
         elif command == "report":
             said = write_reports(model, vocab, codes, **options)

@@ -99,6 +99,11 @@ class Vocabulary:
         self.text_range, self.image_range = (0, self.eos + 1), (self.image_start, self.size)
         self.has_cut = False
 
+    def config(self):
+        """What the model's config.json tells of it."""
+        return {"vocab_size": self.size, "pad_token_id": self.pad, "bos_token_id": self.bos, "eos_token_id": self.eos,
+                "image_token_start": self.image_start}
+
     @classmethod
     def train(cls, texts, codebook_size, text_size=800):
         """Learn up to text_size tokens of text, SPECIALS among them, from an iterable of strings; add one an image code."""
@@ -169,9 +174,9 @@ class Vocabulary:
     def load(cls, folder):
         """Read what save wrote. Raises UserError."""
         tokenizer = read_tokenizer(folder)
-        if (first := tokenizer.token_to_id("<img_0>")) is None:
+        if None in map(tokenizer.token_to_id, (*SPECIALS, "<img_0>")):
             raise UserError(f"{folder}/tokenizer.json has no image tokens; name a folder that `python sft.py` wrote")
-        return cls(tokenizer, tokenizer.get_vocab_size() - first)
+        return cls(tokenizer, tokenizer.get_vocab_size() - tokenizer.token_to_id("<img_0>"))
 
 
 # ---- The lesson: four ways to use a model --------------------------------------------------------
@@ -346,9 +351,10 @@ def train(cfg):
     if not cfg.init and vqgan.config.data != image_source(cfg):
         raise UserError(f"{cfg.out}/vqgan was trained on {vqgan.config.data}, not on {image_source(cfg)}: "
                         "name another --out, or remove the folder to train it again")
-    base, base_hash = (cfg.init, folder_hash(cfg.init)) if cfg.init else (f"{cfg.out}/vqgan", weights_hash(vqgan))
-    check_resume(cfg, "sft", base, base_hash)                # fail before the slow part, not at begin_stage
     data = open_data(cfg)
+    base = {"another --init": folder_hash(cfg.init)} if cfg.init else {"another image tokenizer": weights_hash(vqgan)}
+    origin = base | {"other data": fingerprint(data["train"])}
+    check_resume(cfg, "sft", origin)                         # fail before the slow part, not at begin_stage
     loaded = load_init(cfg, vqgan, device) if cfg.init else None       # what it refuses it refuses before the encoding
     studies = open_studies(cfg, data["train"], vqgan, autocast)
     model, vocab, adapter = loaded or new_model(cfg, vqgan, studies, device)
@@ -366,7 +372,7 @@ def train(cfg):
     folder, progress = begin_stage(cfg, "sft", [trained], optimizers)
     start, best_score = progress.get("step", 0), progress.get("best_score", -float("inf"))
     log = Log(f"{cfg.out}/sft.jsonl", "sft", cfg.steps, start)
-    save = lambda step: save_state(folder, step, [trained], optimizers, best_score=best_score, flags=run_flags(cfg), base=base_hash)
+    save = lambda step: save_state(folder, step, [trained], optimizers, best_score=best_score, flags=run_flags(cfg), origin=origin)
     for step in range(start, cfg.steps):
         set_lr(optimizers, get_lr(step, cfg.steps, warmup=40))
         torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike
@@ -510,8 +516,10 @@ def check_data(trained_on, cfg, folder):
 def load_gpt(folder, vqgan, device, model=None):
     """Model and vocabulary of a GPT folder; `model`: where it is read already.
 
-    Raises UserError if it was trained with another image tokenizer."""
+    Raises UserError if it was trained with another image tokenizer, or with another tokenizer.json."""
     model, vocab = model or GPT.from_pretrained(folder, device), Vocabulary.load(folder)
+    if any(vars(model.config)[k] != v for k, v in vocab.config().items()):
+        raise UserError(f"{folder}/tokenizer.json is not the one that its config.json tells of; bring it back")
     if model.config.vqgan_hash != weights_hash(vqgan):
         raise UserError(f"{folder} was trained with another image tokenizer than the one in --out; "
                         "train it again, or bring back that image tokenizer")
@@ -582,8 +590,7 @@ def describe(model, vocab, vqgan, cfg):
     """Write into the model's config what it is made for: its special tokens, longest sequence, image tokenizer, data."""
     longest = 2 * vqgan.config.grid ** 2 + 2 * MAX_TEXT      # no task needs more
     vars(model.config).update(
-        max_position_embeddings=max(longest, model.config.max_position_embeddings), pad_token_id=vocab.pad,
-        bos_token_id=vocab.bos, eos_token_id=vocab.eos, image_token_start=vocab.image_start,
+        **vocab.config(), max_position_embeddings=max(longest, model.config.max_position_embeddings),
         vqgan_hash=weights_hash(vqgan), data=data_name(cfg))
 
 

@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import image_source, open_data
+from data import fingerprint, image_source, open_data
 from model import (Log, RunConfig, UserError, arg, batch_indices, begin_stage, check_resume, cli, finish_stage, gather, get_lr,
                    init_run, load_folder, load_weights, make_config, own, processes, run, run_flags, save_folder, save_state, set_lr,
                    sum_over_processes, take_step)
@@ -339,8 +339,9 @@ def image_stack(records, n, mask_share, channels, seed):
 def train(cfg):
     """Train the tokenizer and write out/vqgan."""
     device, autocast = init_run(cfg)
-    check_resume(cfg, "vqgan")                               # fail before the slow part, not at begin_stage
     data = open_data(cfg)
+    origin = {"other data": fingerprint(data["train"])}
+    check_resume(cfg, "vqgan", origin)
     config = VQGANConfig(cfg.image_size, cfg.channels, WIDTHS[cfg.preset], cfg.codebook_size, cfg.code_dim,
                          image_source(cfg))
     vqgan = VQGAN(config).to(device, memory_format=torch.channels_last)
@@ -390,7 +391,7 @@ def train(cfg):
             log(step, ("loss", "psnr", "val/psnr"), **dict(zip(figures, means)), lr=optimizer.param_groups[0]["lr"], **held_out)
             log.warn(step > 200 and held_out["codebook/usage"] < 0.1, "over nine tenths of the codes are unused; lower --lr")
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stopping:
-            save_state(folder, step + 1, [vqgan, disc], [optimizer, d_optimizer], flags=run_flags(cfg))
+            save_state(folder, step + 1, [vqgan, disc], [optimizer, d_optimizer], flags=run_flags(cfg), origin=origin)
         if log.stopping:
             log.close()                                      # raises Stopped
     log.close()

@@ -210,7 +210,7 @@ def test_adapting_stops_and_goes_on_over_the_same_base_alone(qwen3, begun, tmp_p
     saved = {p.name: p.read_bytes() for p in qwen3.folder.iterdir()}
     GPT(qwen3.model.config).save_pretrained(qwen3.folder)               # another model in the base's place
     (qwen3.folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(UserError, match=f"--resume: .*broken/sft.partial .*{qwen3.folder}"):
+    with pytest.raises(UserError, match="--resume: .*broken/sft.partial was started from another --init"):
         sft.main([*flags, str(tmp_path / "broken"), "--resume"])
     (qwen3.folder / "model.safetensors").unlink()
     for name, data in saved.items():

@@ -233,7 +233,9 @@ def test_a_reader_learns_the_labels_of_phantoms(tmp_path, monkeypatch):
     again = load()
     assert not trained and all(torch.equal(a, b) for a, b in zip(reader.state_dict().values(), again.state_dict().values()))
     load(reader_steps=1)
-    assert len(trained) == 1
+    monkeypatch.setattr(sample, "fingerprint", lambda records: "a finding was corrected")
+    load(reader_steps=1)
+    assert len(trained) == 2
 
 
 def test_what_a_reader_sees_are_findings_and_labels():
@@ -339,6 +341,24 @@ def test_models_of_another_sft_model_are_named(evaluated_copy, capsys):
     assert said == [str(evaluated_copy / name) for name in ("control", "bidpo")]
 
 
+def test_a_model_of_other_steps_than_the_controls_is_named(monkeypatch, capsys):
+    flags = {"objective": "", "batch_size": 16, "pairs": 9, "seed": 0}
+    progress = {name: {"step": 600, "flags": flags} for name in ("control", "bidpo")}
+    progress["short"] = {"step": 60, "flags": flags | {"seed": 1}}
+    monkeypatch.setattr(sample, "read_progress", lambda folder: progress[folder.name])
+    sample.warn_of_unlike(Path("out"), dict.fromkeys(progress))
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith("out/short and out/control were trained with other --steps, --seed")
+
+
+def test_the_benchmark_knows_the_data_it_was_made_of(tmp_path, monkeypatch):
+    cfg = sample.SampleConfig(out=str(tmp_path), image_size=16, records=40, n=2)
+    for name, found in {"load_reader": None, "encode_images": np.zeros((2, 4))}.items():
+        monkeypatch.setattr(sample, name, lambda *a, found=found: found)
+    made = [sample.make_benchmark(replace(cfg, bias=bias), None, torch.device("cpu"), autocast).data for bias in (0.9, 0.9, 0.5)]
+    assert made[0] == made[1] != made[2]
+
+
 def records_with_texts(*texts):
     return [SimpleNamespace(text=t, name=f"{i}.png") for i, t in enumerate(texts)]
 
@@ -351,9 +371,9 @@ def test_the_references_are_coco_annotations():
 
 
 def test_greedy_reports_are_kept_beside_the_figures(tmp_path, monkeypatch):
-    """In the order of the references; the model is evaluated again only when they are missing."""
+    """In the order of the references; the model is evaluated again only when they are missing or the data are others."""
     records, said = records_with_texts("One.", "", "Three."), ["A.", "B.", "C."]
-    bench = SimpleNamespace(cfg=sample.SampleConfig(out=str(tmp_path)), records=records, codes=np.zeros(1), reader=None)
+    bench = SimpleNamespace(cfg=sample.SampleConfig(out=str(tmp_path)), records=records, data="", reader=None)
     measured, weights = [], torch.nn.Linear(1, 1)
     monkeypatch.setattr(sample, "evaluate_reports",
                         lambda *a: measured.append(1) or ({"x": sample.Metric(1.0, np.ones(2), 3)}, said))
@@ -367,6 +387,9 @@ def test_greedy_reports_are_kept_beside_the_figures(tmp_path, monkeypatch):
     kept.unlink()
     once()
     assert len(measured) == 2 and kept.exists()
+    bench.data = "a report was corrected"
+    once()
+    assert len(measured) == 3
 
 
 def test_the_evaluation_writes_what_other_scorers_read(evaluated_copy):
@@ -496,7 +519,8 @@ def test_report_ask_segment_generate(out, image_file, capsys):
 
 @pytest.mark.parametrize("words, named", [
     (["paint", "x"], "paint"), (["ask", "x.png"], "ask"), (["segment", "x.png", "a", "b"], "segment"),
-    (["report"], "report"), (["report", "nowhere.png"], "nowhere.png")])
+    (["report"], "report"), (["report", "nowhere.png"], "nowhere.png"), (["segment", "x.png", " "], "segment"),
+    (["generate", ""], "generate"), (["generate", "x", "--device", "meta"], "--device meta")])
 def test_wrong_words_get_one_sentence(out, words, named):
     with pytest.raises(UserError, match=named):
         sample.main([*words, "--out", str(out)])

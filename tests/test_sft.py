@@ -16,7 +16,7 @@ from data import PHRASES, Finding, Phantoms, Record, names_and_sides, phantom_sp
 from model import (GPT, SHARED_PRESETS, GPTConfig, UserError, cli, per_token_logps, read_tensors, save_state,
                    sequence_logps, take_step)
 from sft import (INSTRUCTIONS, MASKS_EACH, MAX_TEXT, TASKS, Study, Vocabulary, check_data, collate, data_name, dice,
-                 encode_records, extend_vocabulary, make_batch, make_example, response_loss)
+                 encode_records, extend_vocabulary, load_gpt, make_batch, make_example, response_loss)
 from vqgan import VQGAN, stack, to_pixels
 
 K = 16                                                     # image codes
@@ -464,7 +464,7 @@ def test_resume_knows_the_image_tokenizer_it_started_from(begin):
     with torch.no_grad():
         vqgan.quantizer.codebook.add_(0.1)
     vqgan.save_pretrained(out / "vqgan")
-    with pytest.raises(UserError, match=f"--resume: {out}/sft was started from another {out}/vqgan"):
+    with pytest.raises(UserError, match=f"--resume: {out}/sft was started from another image tokenizer; leave"):
         sft.main([*SHORT, "--out", str(out), "--resume"])
 
 
@@ -512,6 +512,20 @@ def test_no_task_left_is_refused(begin):
     none = [w for t in TASKS for w in (f"--{t}-share", "0")]
     with pytest.raises(UserError, match="-share"):
         sft.main([*SHORT, "--out", str(begin()), *none])
+
+
+def test_a_tokenizer_of_another_model_is_refused(trained, tmp_path):
+    """With other specials, or with fewer tokens before them: the ids would mean other things, and no error would follow."""
+    vqgan, folder = VQGAN.from_pretrained(trained / "vqgan"), shutil.copytree(trained / "sft", tmp_path / "sft")
+    path = folder / "tokenizer.json"
+    load_gpt(folder, vqgan, "cpu")
+    other = Vocabulary.train(["Clear lungs. Normal heart."] * 3, vqgan.config.codebook_size, text_size=300)
+    path.write_text(other.tokenizer.to_str())
+    with pytest.raises(UserError, match=f"{path} is not the one"):
+        load_gpt(folder, vqgan, "cpu")
+    path.write_text(other.tokenizer.to_str().replace("<eos>", "<end>"))
+    with pytest.raises(UserError, match=str(path)):
+        load_gpt(folder, vqgan, "cpu")
 
 
 def test_the_saved_folder_is_whole(trained):

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+import dpo
+import sft
 import vqgan
 from conftest import figures_of
 from fuzz import GOOD, run_case
 from kill import differences
-from model import read_log, read_progress
+from model import UserError, read_log, read_progress
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,6 +54,14 @@ def test_one_run_in_a_folder_and_a_signal_ends_it_well(trained, tmp_path):
     assert first.returncode == 143 and "--resume" in said and "Traceback" not in said
     assert 0 < read_progress(tmp_path / "vqgan.partial")["step"] < 40
     assert goes_on_as_if_nothing_had_happened(tmp_path, trained)
+
+
+def test_a_run_does_not_go_on_with_other_data(trained, monkeypatch):
+    """Edited texts would bring another vocabulary under the weights of sft.py."""
+    for module, name in ((vqgan, "vqgan"), (sft, "sft"), (dpo, "bidpo")):
+        monkeypatch.setattr(module, "fingerprint", lambda records: "edited")
+        with pytest.raises(UserError, match=f"--resume: {trained}/{name} was started from other data; leave"):
+            module.main(["--preset", "tiny", "--dtype", "float32", "--out", str(trained), "--resume"])
 
 
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(trained, tmp_path):
