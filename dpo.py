@@ -233,7 +233,7 @@ def make_contrast(name, ratios, keep, cfg):
 def preference_loss(contrast, smoothing=0.0):
     """−log σ(margin) (Eq. 7, arXiv:2305.18290), computed as softplus(−margin); log 2 at margin 0.
 
-    smoothing: the share of pairs taken to be the wrong way round (conservative DPO, Eq. 3 of arXiv:2403.00409)."""
+    smoothing: the share of pairs taken to be the wrong way round (conservative DPO, Eq. 3 of ericmitchell.ai/cdpo.pdf)."""
     return (1 - smoothing) * F.softplus(-contrast.margin) + smoothing * F.softplus(contrast.margin)
 
 
@@ -639,8 +639,8 @@ def train(cfg):
         if step % cfg.log_every == 0 or step + 1 == cfg.steps or norms:
             log(step, ("loss", *(f"rewards_{k}/margins" for k in contrasts)), loss=loss, grad_norm=grad_norm,
                 lr=optimizers[-1].param_groups[0]["lr"], nll_loss=nll, rehearsal_loss=rehearsal,
-                **{f"loss_{k}": v for k, v in terms.items()}, **{f"drift/{k}": ratios[k].whole.mean() for k in CHOSEN}, **norms,
-                **contrast_metrics(ratios, policy_sums, contrasts, cfg))
+                **{f"loss_{k}": v for k, v in terms.items()}, **norms, **contrast_metrics(ratios, policy_sums, contrasts, cfg),
+                **{f"drift/{k}": masked_mean(ratios[k].whole, counted[k]) for k in CHOSEN})
             log.warn(any(masked_mean(c.margin.abs(), c.keep) > 30 for c in contrasts.values()),
                      "margins are over 30: the model is far from its reference; lower --beta or the learning rates")
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stopping:

@@ -697,6 +697,7 @@ def test_data_that_only_ask_teach_answers_alone(out, monkeypatch):
     assert pairs and all(not p["chosen"] and p["question"] and p["answers"][0] != p["answers"][1] for p in pairs)
     for row in log:
         assert row["loss_answer"] > 0 and row["loss_text"] == row["loss_image"] == row["loss_anchor"] == 0
+        assert row["drift/text_chosen"] == row["drift/image_chosen"] == 0           # nothing of theirs was chosen
     assert log[-1]["rewards_answer_given/margins"] > 0
     run(out, "--objective", "sft")
     with pytest.raises(UserError, match="--objective mdpo finds no usable"):
