@@ -648,7 +648,7 @@ def read_mask(path, size, image):
     Raises BadRow, which names the file, also where its shape is not that of the PIL image, to a pixel: it would lie askew."""
     try:
         mask = open_image(path, 1)
-        if abs(mask.width * image.height - mask.height * image.width) > max(image.size):
+        if abs(mask.width * image.height - mask.height * image.width) > max(*image.size, *mask.size):
             raise BadRow(f"{mask.width}x{mask.height} pixels, in another shape than its image's {image.width}x{image.height}")
     except BadRow as error:
         raise BadRow(f"mask {path.name}: {error}")
@@ -680,7 +680,8 @@ def row_record(row, root, size, channels):
     if questions and not (isinstance(questions, list) and all(isinstance(q, dict) for q in questions)):
         say_once('questions that are no list of {"question", "answer"} are left out')
         questions = []
-    asked = [[printable(str(q.get(k) or "").strip()) for k in ("question", "answer")] for q in questions or ()]
+    word = lambda v: printable(str(v).strip()) if isinstance(v, str | int | float) and v == v else ""      # no NaN, no list
+    asked = [[word(q.get(k)) for k in ("question", "answer")] for q in questions or ()]
     questions = tuple((q, a) for q, a in asked if q and a)
     if not isinstance(text, str) or not (text.strip() or questions):
         raise BadRow("the text is empty" if isinstance(text, str) else "the text is no string")
@@ -764,8 +765,7 @@ def rocov2_rows(folder):
         name = file.name[:-len("_captions.csv")]
         for number, row in metadata_rows(file):
             names = [f"{row.get('ID')}{end}" for end in (".jpg", ".png", ".jpeg")]
-            found = next((n for n in names if os.path.isfile(folder / name / n)), names[0])
-            row = {"file_name": found, "text": row.get("Caption")}
+            row = {"file_name": next((n for n in names if os.path.isfile(folder / name / n)), names[0]), "text": row.get("Caption")}
             yield SPLIT_NAMES.get(name.lower(), "train"), file, number, row, folder / name
 
 

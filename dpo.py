@@ -462,7 +462,8 @@ def pairs_that_count(pairs, cfg, phrases):
     needed = [v.any() for name, v in keep.items() if name.startswith("answer") != any(map(has_report, pairs))]
     if keep and not (needed and all(needed)):
         raise UserError(f"--objective {cfg.objective} finds no usable preference pair: of {len(pairs)}, chosen and rejected "
-                        f"differ in: {shown}; try another --rejected or --distort, or a --pair-temperature above 0")
+                        f"differ in: {shown}; " + ("try another --rejected or --distort, or a --pair-temperature above 0"
+                        if any(map(has_report, pairs)) else "none has a report: take --objective bidpo or sft"))
     if keep:
         tqdm.write(f"of {len(pairs)} pairs chosen and rejected differ in: {shown}")
     return count(chosen_of(cfg)) | {name: np.where(flipped & (name in ("text", "language", "vision", "mask")), -v, v)
@@ -599,10 +600,11 @@ def train(cfg):
     """Optimise the SFT model on preference pairs (or on their chosen sequences) and write out/NAME."""
     name = check_flags(cfg)
     device, autocast = init_run(cfg)
+    check_resume(cfg, name)                                  # fail before the slow part, not at begin_stage
     model, vocab, vqgan = load_sft(cfg, device)
     data = open_data(cfg)
     origin = {"another SFT model": weights_hash(model), "other data": fingerprint(data["train"])}
-    check_resume(cfg, name, origin)                          # fail before the slow part, not at begin_stage
+    check_resume(cfg, name, origin)
     phrases, sequences = lexicon(data["train"]), sequences_of(cfg)
     studies = open_studies(cfg, data["train"], vqgan, autocast)
     pairs = load_or_build_pairs(cfg, data["train"], studies, phrases, vqgan, model, vocab, autocast)
@@ -643,7 +645,7 @@ def train(cfg):
                 **{f"drift/{k}": masked_mean(ratios[k].whole, counted[k]) for k in CHOSEN})
             log.warn(any(masked_mean(c.margin.abs(), c.keep) > 30 for c in contrasts.values()),
                      "margins are over 30: the model is far from its reference; lower --beta or the learning rates")
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stopping:
+        if ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stopping) and not log.in_a_row:
             save_state(folder, step + 1, [trained], optimizers, flags=run_flags(cfg), origin=origin)
         if log.stopping:
             log.close()                                      # raises Stopped
@@ -772,6 +774,7 @@ def read_pairs(folder, codebook_size):
 
 def write_pairs(cfg, pairs, recipe):
     """out/pairs: config.json, codes.safetensors, and pairs.jsonl for people to read."""
+    check_own(cfg.out, "pairs")
     if process() > 0:
         return finish_stage(cfg, "pairs")
     new = Path(cfg.out) / "pairs.partial"

@@ -690,9 +690,9 @@ def init_run(cfg):
     bf16 = cfg.dtype == "bfloat16" or cfg.dtype == "auto" and native
     torch.backends.cudnn.allow_tf32 = bf16                 # else a GPU rounds float32 in convolutions
     torch.backends.cuda.enable_cudnn_sdp(False)            # it plans for each new shape, and lengths change at every step
-    if not cfg.out or cfg.data and Path(cfg.out).resolve() == Path(cfg.data).resolve():
-        raise UserError(f"--out {cfg.out!r} is {'the folder of --data' if cfg.out else 'empty'}: name a folder of its own")
     with refuse(f"--out {cfg.out} cannot be written", "name a folder of your own"):
+        if not cfg.out or cfg.data and Path(cfg.out).resolve() == Path(cfg.data).resolve():
+            raise UserError(f"--out {cfg.out!r} is {'the folder of --data' if cfg.out else 'empty'}: name a folder of its own")
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         if hasattr(cfg, "resume") and signal.getsignal(signal.SIGTERM) is stop:      # it trains, and `run` has started it
             lock(cfg.out)
@@ -1107,6 +1107,7 @@ def load_state(folder, models, optimizers):
 def check_resume(cfg, name, origin=()):
     """The folder whose saved state --resume goes on from, or None. Raises UserError if another run's flags made it, or if
     what it was started from is not the same: origin, {what to call another one: hash}."""
+    check_own(cfg.out, name)
     final, partial = Path(cfg.out) / name, Path(cfg.out) / f"{name}.partial"
     source = next((f for f in (partial, final) if (f / "state.safetensors").exists()), None)
     if not (cfg.resume and source):
@@ -1129,7 +1130,7 @@ def check_resume(cfg, name, origin=()):
 @first_alone
 def check_own(out, name):
     """Raise UserError where a stage would replace what is not its own: a link, or a folder with what no stage writes."""
-    for folder in (Path(out) / f"{name}{end}" for end in ("", ".partial", ".old")):
+    for folder in (Path(out) / name, Path(out) / f"{name}.partial"):
         if folder.is_symlink() or folder.is_file():
             raise UserError(f"{folder} is a link or a file, to be replaced by a folder: move it away, or name another --out or --name")
         for path in folder.iterdir() if folder.exists() else ():
@@ -1140,7 +1141,7 @@ def check_own(out, name):
 
 def copy_folder(source, target):
     """Copy a folder; the copy is there whole or not at all."""
-    shutil.rmtree(new := Path(f"{target}.copy"), ignore_errors=True)
+    shutil.rmtree(new := Path(target).with_name(f".{Path(target).name}.copy"), ignore_errors=True)
     shutil.copytree(source, new)
     shutil.rmtree(target, ignore_errors=True)
     put_in_place(new, target)
@@ -1150,7 +1151,6 @@ def begin_stage(cfg, name, models, optimizers):
     """Where a stage writes and where it starts: (unfinished folder, progress of the state resumed or {}).
 
     A stage works in out/NAME.partial and renames it to out/NAME when it is whole (`finish_stage`)."""
-    check_own(cfg.out, name)
     final, partial = Path(cfg.out) / name, Path(cfg.out) / f"{name}.partial"
     for parameter in [p for model in models for p in model.parameters()] if processes() > 1 else ():
         dist.broadcast(parameter.data, 0)                  # all begin with the first process's weights
@@ -1181,7 +1181,7 @@ def read_log(path):
 
 def finish_stage(cfg, name):
     """Rename out/NAME.partial to out/NAME; an older out/NAME goes only when the new one is in place."""
-    final, partial, old = (Path(cfg.out) / f"{name}{end}" for end in ("", ".partial", ".old"))
+    final, partial, old = (Path(cfg.out) / folder for folder in (name, f"{name}.partial", f".{name}.old"))
     if process() == 0:
         for path in partial.iterdir():
             if path.name.startswith(".tmp") or path.suffix == ".new":      # of a kill while writing; .tmp… are safetensors' own

@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import (BODY_PHRASES, COMPANIONS, MODALITIES, MODALITY_PHRASES, Finding, Phantoms, ask_whether,
-                  fingerprint, image_source, lexicon, match_findings, names_and_sides, open_data, read_findings, read_image,
+                  fingerprint, lexicon, match_findings, names_and_sides, open_data, read_findings, read_image,
                   read_term)
 from model import (RunConfig, UserError, arg, batch_indices, cli, get_lr, init_run, load_folder, load_weights, read_json,
                    read_log, read_metadata, read_progress, read_tensors, refuse, run, save_folder, set_lr, take_step, weights_hash,
@@ -382,7 +382,7 @@ def load_vqgan_of(cfg, device):
 
 def find_models(out):
     """Names of the GPT folders in out: sft and control first, then the others."""
-    names = [p.parent.name for p in Path(out).glob("*/tokenizer.json") if not p.parent.name.endswith((".partial", ".old"))]
+    names = [p.parent.name for p in Path(out).glob("[!.]*/tokenizer.json") if p.parent.suffix != ".partial"]
     if not names:
         raise UserError(f"{out} holds no trained model; run `python dpo.py` first (it trains every stage), or name --out")
     return sorted(names, key=lambda n: (n != "sft", n != "control", n))
@@ -393,7 +393,7 @@ def warn_of_unlike(out, loaded):
     or seed than the control."""
     now, tuned = weights_hash(loaded["sft"][0]) if "sft" in loaded else "", {}
     for name in loaded:
-        with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError):      # a folder without its state says nothing
+        with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):   # one without its state says nothing
             if "objective" in (progress := read_progress(out / name))["flags"]:
                 tuned[name] = progress
     for name, progress in tuned.items():

@@ -347,15 +347,16 @@ def train(cfg):
         raise UserError("--lora-rank adapts a model that can do something already: name one with --init")
     if cfg.init and not (Path(cfg.init).resolve() / "config.json").is_file():
         raise UserError(f"--init {cfg.init} holds no model (config.json): name the folder of one")
+    check_resume(cfg, "sft")                                 # fail before the slow part, not at begin_stage
     vqgan = load_vqgan(cfg, device, cfg.init)
     if not cfg.init and vqgan.config.data != image_source(cfg):
         raise UserError(f"{cfg.out}/vqgan was trained on {vqgan.config.data}, not on {image_source(cfg)}: "
                         "name another --out, or remove the folder to train it again")
+    loaded = load_init(cfg, vqgan, device) if cfg.init else None       # what it refuses it refuses before the encoding
     data = open_data(cfg)
     base = {"another --init": folder_hash(cfg.init)} if cfg.init else {"another image tokenizer": weights_hash(vqgan)}
     origin = base | {"other data": fingerprint(data["train"])}
-    check_resume(cfg, "sft", origin)                         # fail before the slow part, not at begin_stage
-    loaded = load_init(cfg, vqgan, device) if cfg.init else None       # what it refuses it refuses before the encoding
+    check_resume(cfg, "sft", origin)
     studies = open_studies(cfg, data["train"], vqgan, autocast)
     model, vocab, adapter = loaded or new_model(cfg, vqgan, studies, device)
     describe(model, vocab, vqgan, cfg)
@@ -390,7 +391,8 @@ def train(cfg):
             if score >= best_score:                          # the folder keeps the best model, its state is the last
                 best_score = score
                 save_tuned(folder, model, cfg, adapter)
-            save(step + 1)
+            if not log.in_a_row:                             # what has diverged is not gone on with
+                save(step + 1)
             log.warn(len(val) > 1 and held_out.get("val/distinct_reports") == 1, "every report is the same; it may yet learn to look")
         elif step % cfg.log_every == 0:
             log(step, ("loss",), loss=loss, grad_norm=grad_norm, lr=optimizers[-1].param_groups[0]["lr"])

@@ -390,7 +390,7 @@ def train(cfg):
             means = gather(torch.stack(list(figures.values())).detach()[None]).mean(dim=0)       # over all processes
             log(step, ("loss", "psnr", "val/psnr"), **dict(zip(figures, means)), lr=optimizer.param_groups[0]["lr"], **held_out)
             log.warn(step > 200 and held_out["codebook/usage"] < 0.1, "over nine tenths of the codes are unused; lower --lr")
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stopping:
+        if ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stopping) and not log.in_a_row:
             save_state(folder, step + 1, [vqgan, disc], [optimizer, d_optimizer], flags=run_flags(cfg), origin=origin)
         if log.stopping:
             log.close()                                      # raises Stopped

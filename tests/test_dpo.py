@@ -700,7 +700,7 @@ def test_data_that_only_ask_teach_answers_alone(out, monkeypatch):
         assert row["drift/text_chosen"] == row["drift/image_chosen"] == 0           # nothing of theirs was chosen
     assert log[-1]["rewards_answer_given/margins"] > 0
     run(out, "--objective", "sft")
-    with pytest.raises(UserError, match="--objective mdpo finds no usable"):
+    with pytest.raises(UserError, match="--objective mdpo finds no usable .*none has a report"):
         run(out, "--objective", "mdpo")
 
 
@@ -879,7 +879,7 @@ def test_resume_knows_the_model_it_started_from(out):
     model.save_pretrained(out / "sft")
     there = lambda: {path: path.read_bytes() for name in ("bidpo", "pairs") for path in (out / name).iterdir()}
     before = there()
-    with pytest.raises(UserError, match="--resume.*" + re.escape(str(out / "sft"))):
+    with pytest.raises(UserError, match="--resume: .*bidpo was started from another SFT model"):
         run(out, "--resume")
     assert there() == before                                # pairs too: it is refused before they are built anew
 

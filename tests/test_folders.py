@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import data
-from data import BadRow, Finding, Record, fill_splits, fingerprint, names_and_sides, read_folder, read_image
+from data import BadRow, Finding, Record, fill_splits, fingerprint, names_and_sides, read_folder, read_image, read_mask
 from model import UserError
 
 SHARED = Path(data.__file__).resolve().parent.parent / "shared" / "data"
@@ -107,11 +107,18 @@ def test_a_mask_is_what_is_brighter_than_half_of_its_brightest(tmp_path, top, sh
     picture(tmp_path / "train/a.png", 10, (20, 40))
     half = np.zeros(shape[::-1], np.uint8)
     half[:shape[1] // 2] = top
+    half[-shape[1] // 4:] = top // 3                         # darker than half of the brightest
     for name, values in (("half", half), ("none", half * 0)):
         Image.fromarray(values).save(tmp_path / f"train/{name}.png")
     image_folder(tmp_path, [{"file_name": "a.png", "text": "Found.", "masks": {"half": "half.png", "none": "none.png"}}])
     masks = rows_of(read_folder(tmp_path, 40, 1))["Found."].masks
     assert masks["half"][:20, 10:30].all() and not masks["half"][21:].any() and not masks["none"].any()
+
+
+def test_a_mask_of_the_size_its_image_had_before_it_was_scaled_down_fits(tmp_path):
+    """64x78 is what becomes of 2048x2500: to a pixel of the image, not of the mask."""
+    mask = picture(tmp_path / "m.png", 255, (2048, 2500))
+    assert read_mask(mask, 32, Image.new("L", (64, 78))).any()
 
 
 @pytest.mark.parametrize("size,why", [((40, 20), "40x20 pixels, in another shape than its image's 20x40"),
@@ -158,10 +165,11 @@ def test_a_patient_without_a_name_is_nobody(tmp_path):
 
 def test_questions_and_answers_may_be_numbers_and_odd_ones_are_told(tmp_path, capsys):
     data.say_once.cache_clear()
-    rows = [{"file_name": "i0.png", "text": "One.", "questions": [{"question": "How many?", "answer": 2}, {"question": "Why?", "answer": ""}]},
+    answers = {"How many?": 2, "None?": 0, "Any?": False, "Why?": "", "Where?": ["left"], "When?": float("nan"), "Who?": None}
+    rows = [{"file_name": "i0.png", "text": "One.", "questions": [{"question": q, "answer": a} for q, a in answers.items()]},
             {"file_name": "i1.png", "text": "Two.", "questions": {"question": "Q?", "answer": "A."}}]
     records = rows_of(read_folder(image_folder(tmp_path, rows), 32, 1))
-    assert records["One."].questions == (("How many?", "2"),) and records["Two."].questions == ()
+    assert records["One."].questions == (("How many?", "2"), ("None?", "0"), ("Any?", "False")) and records["Two."].questions == ()
     assert "no list of" in capsys.readouterr().out
 
 

@@ -804,10 +804,11 @@ def test_stage_begins_where_it_should(gpt, tmp_path, left, resume, step):
     assert folder.exists() == resume         # starting over clears it, a finished run is gone on with as a copy
 
 
-@pytest.mark.parametrize("make", [lambda path: (path.mkdir(), (path / "patient.dcm").write_text("mine")), lambda path: (path / "sub").mkdir(parents=True),
+@pytest.mark.parametrize("make", [lambda path: (path.mkdir(), (path / "patient.dcm").write_text("mine")),
+                                  lambda path: (path / "sub.json").mkdir(parents=True),
                                   lambda path: path.symlink_to(path.parent), lambda path: path.write_text("mine")],
                          ids=["a foreign file", "a folder", "a link", "a file"])
-@pytest.mark.parametrize("name", ["x", "x.partial", "x.old"])
+@pytest.mark.parametrize("name", ["x", "x.partial"])
 def test_what_is_not_a_stages_own_is_never_replaced(gpt, tmp_path, make, name):
     make(tmp_path / name)
     before = sorted(str(path) for path in tmp_path.rglob("*"))
@@ -817,9 +818,13 @@ def test_what_is_not_a_stages_own_is_never_replaced(gpt, tmp_path, make, name):
 
 
 def test_a_folder_of_ones_own_is_named(tmp_path):
-    for out, data, why in (("", "", "empty"), (str(tmp_path), f"{tmp_path}/.", "the folder of --data")):
+    (link := tmp_path / "link").symlink_to(tmp_path)
+    for out, data, why in (("", "", "empty"), (str(tmp_path), str(link), "the folder of --data")):
         with pytest.raises(UserError, match=f"--out '.*' is {why}"):
             model.init_run(RunConfig(out=out, data=data))
+    (loop := tmp_path / "loop").symlink_to(loop)
+    with pytest.raises(UserError, match=f"--out {loop} cannot be written"):
+        model.init_run(RunConfig(out=str(loop), data=str(tmp_path)))
 
 
 def test_the_same_data_in_other_words_are_the_same_flags(tmp_path, monkeypatch):
@@ -835,9 +840,10 @@ def test_flags_may_stand_between_words():
 
 
 def test_a_terminal_that_lacks_a_letter_shows_its_number(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
-    run(lambda: print("é \ufffd", flush=True))
-    assert sys.stdout.buffer.getvalue() == b"\xe9 \\ufffd\n"
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+        run(lambda: print("é \ufffd", file=getattr(sys, stream), flush=True))
+        assert getattr(sys, stream).buffer.getvalue() == b"\xe9 \\ufffd\n"
 
 
 def test_weights_that_are_no_numbers_are_refused(gpt, tmp_path):
@@ -865,7 +871,7 @@ def test_resuming_with_other_flags_is_refused(gpt, tmp_path):
 
 @pytest.mark.parametrize("older", [True, False])
 def test_finished_stage_replaces_an_old_folder_whole(tmp_path, older):
-    for name in ("x", "x.old") if older else ():
+    for name in ("x", ".x.old") if older else ():
         (tmp_path / name).mkdir()
         (tmp_path / name / "left over").touch()
     (tmp_path / "x.partial").mkdir()
@@ -952,7 +958,7 @@ def test_a_copied_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     synced, sync = [], model.sync
     monkeypatch.setattr(model, "sync", lambda path: (synced.append((path.name, (tmp_path / "b").exists())), sync(path)))
     model.copy_folder(tmp_path / "a", tmp_path / "b")
-    assert synced == [("x", False), ("b.copy", False), (tmp_path.name, True)] and (tmp_path / "b" / "x").read_text() == "1"
+    assert synced == [("x", False), (".b.copy", False), (tmp_path.name, True)] and (tmp_path / "b" / "x").read_text() == "1"
 
 
 def test_a_step_without_a_finite_gradient_changes_nothing_and_five_in_a_row_stop_the_run(gpt, tmp_path):

@@ -344,7 +344,7 @@ def test_models_of_another_sft_model_are_named(evaluated_copy, capsys):
 def test_a_model_of_other_steps_than_the_controls_is_named(monkeypatch, capsys):
     flags = {"objective": "", "batch_size": 16, "pairs": 9, "seed": 0}
     progress = {name: {"step": 600, "flags": flags} for name in ("control", "bidpo")}
-    progress["short"] = {"step": 60, "flags": flags | {"seed": 1}}
+    progress |= {"short": {"step": 60, "flags": flags | {"seed": 1}}, "foreign": None}
     monkeypatch.setattr(sample, "read_progress", lambda folder: progress[folder.name])
     sample.warn_of_unlike(Path("out"), dict.fromkeys(progress))
     line, = capsys.readouterr().out.splitlines()
@@ -416,7 +416,7 @@ def test_the_model_asked_for_or_bidpo_or_the_first():
 
 
 def test_models_are_found_sft_and_control_first_and_no_unfinished_one(tmp_path):
-    for name in ("a", "sft", "control", "b.partial", "c.old"):
+    for name in ("a", "sft", "control", "b.partial", ".c.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").touch()
     (tmp_path / "vqgan").mkdir()

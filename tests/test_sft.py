@@ -451,6 +451,13 @@ def test_an_init_that_is_no_model_is_refused_before_anything_is_trained(tmp_path
     assert not (tmp_path / "out/vqgan").exists()
 
 
+def test_a_damaged_init_is_named(out, tmp_path):
+    path = out / "sft/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=f"{out}/sft is no whole model folder"):
+        sft.main([*SHORT, "--init", str(out / "sft"), "--out", str(tmp_path / "other")])
+
+
 def test_half_a_letter_is_read_as_a_question_mark():
     """As a shell passes what is not UTF-8."""
     vocab = Vocabulary.train(["Caf? Normal."] * 3, codebook_size=8, text_size=300)

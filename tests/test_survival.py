@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +20,12 @@ from kill import differences
 from model import UserError, read_log, read_progress
 
 ROOT = Path(__file__).parents[1]
+TINY = ["--preset", "tiny", "--dtype", "float32"]
 
 
 def start(program, out, *flags, **options):
     """A program of `--preset tiny` as a process of its own, with one thread."""
-    return subprocess.Popen([sys.executable, program, "--preset", "tiny", "--dtype", "float32", "--out", str(out), *flags],
+    return subprocess.Popen([sys.executable, program, *TINY, "--out", str(out), *flags],
                             cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, **options)
 
@@ -35,7 +37,7 @@ def wait_for(condition, process):
 
 
 def goes_on_as_if_nothing_had_happened(out, trained):
-    vqgan.main(["--preset", "tiny", "--dtype", "float32", "--out", str(out), "--resume"])
+    vqgan.main([*TINY, "--out", str(out), "--resume"])
     return not differences(trained / "vqgan", out / "vqgan") and \
         figures_of(out / "vqgan.jsonl") == figures_of(trained / "vqgan.jsonl")
 
@@ -61,7 +63,42 @@ def test_a_run_does_not_go_on_with_other_data(trained, monkeypatch):
     for module, name in ((vqgan, "vqgan"), (sft, "sft"), (dpo, "bidpo")):
         monkeypatch.setattr(module, "fingerprint", lambda records: "edited")
         with pytest.raises(UserError, match=f"--resume: {trained}/{name} was started from other data; leave"):
-            module.main(["--preset", "tiny", "--dtype", "float32", "--out", str(trained), "--resume"])
+            module.main([*TINY, "--out", str(trained), "--resume"])
+
+
+@pytest.mark.parametrize("program, name", [(vqgan, "vqgan"), (sft, "sft"), (dpo, "bidpo")], ids=["vqgan", "sft", "bidpo"])
+def test_what_has_diverged_never_becomes_a_model(out, program, name):
+    """--resume runs the bad steps again, as they were not saved."""
+    flags = ["--steps", "3", "--lr", "1e30", *["--muon-lr", "1e30"] * (program is not vqgan)]
+    shutil.rmtree(out / name)
+    for resume in ([], ["--resume"]):
+        with pytest.raises(UserError, match=f"{name} diverged: its last step had no finite gradient"):
+            program.main([*TINY, "--out", str(out), *flags, *resume])
+    assert not (out / name).exists()
+
+
+def test_what_must_be_refused_is_refused_before_anything_is_trained(out):
+    """Other flags than the run's that goes on, and files of other hands in a folder to be replaced."""
+    (out / "bidpo/notes.md").write_text("mine")
+    shutil.rmtree(out / "sft")
+    with pytest.raises(UserError, match="bidpo is to be replaced, and holds notes.md"):
+        dpo.main([*TINY, "--out", str(out)])
+    (out / "bidpo/notes.md").unlink()
+    with pytest.raises(UserError, match="other values of --beta"):
+        dpo.main([*TINY, "--out", str(out), "--beta", "0.3", "--resume"])
+    shutil.rmtree(out / "vqgan")
+    shutil.copytree(out / "control", out / "sft.partial")                 # of other flags, whatever they are
+    with pytest.raises(UserError, match="--resume: .*sft.partial was started with other values"):
+        sft.main([*TINY, "--out", str(out), "--resume"])
+    assert not (out / "sft").exists() and not (out / "vqgan").exists()
+
+
+def test_a_file_of_other_hands_in_out_pairs_stays(out):
+    """Where reports are added to the pairs that are there."""
+    (out / "pairs/notes.md").write_text("mine")
+    with pytest.raises(UserError, match="pairs is to be replaced, and holds notes.md"):
+        dpo.main([*TINY, "--out", str(out), "--objective", "napo"])
+    assert (out / "pairs/notes.md").exists()
 
 
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(trained, tmp_path):
