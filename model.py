@@ -548,7 +548,7 @@ def fail(error):
 def arg(default, help, least=None, most=None, **options):
     """A dataclass field that `cli` turns into a flag with this line of help.
 
-    A number lies in least..most; unless told otherwise whole numbers are at least 1, fractions at least 0."""
+    A number lies in least..most; unless told otherwise whole numbers in 1..10⁹, fractions in 0..10³⁰."""
     return dataclasses.field(default=default, metadata={"help": help, "least": least, "most": most, **options})
 
 
@@ -620,7 +620,8 @@ def cli(Config, presets, argv=None, doc=None, choice=None):
         elif f.type is tuple:
             options |= dict(nargs="+", type=type(f.default[0]), metavar=f.name.upper())
         elif f.type is not str:
-            options["type"] = number_between(f.type, (1 if f.type is int else 0) if least is None else least, most)
+            span = (1, 10 ** 9) if f.type is int else (0, 1e30)
+            options["type"] = number_between(f.type, *(default if own is None else own for own, default in zip((least, most), span)))
         default = " ".join(map(str, f.default)) if f.type is tuple else f.default or repr(f.default)
         options["help"] += f" (default: {default})"
         parser.add_argument(flag, default=argparse.SUPPRESS, **options)
@@ -632,12 +633,11 @@ def cli(Config, presets, argv=None, doc=None, choice=None):
 
 
 def number_between(kind, least, most):
-    """A parser of finite numbers for argparse, which names the flag before what is said here."""
+    """A parser of numbers for argparse, which names the flag before what is said here."""
     def parse(text):
         value = kind(text)
-        if not (least <= value < math.inf and (most is None or value <= most)):          # False of nan too
-            span = f"of {least} or more" if most is None else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text} is no number {span}")
+        if not least <= value <= most:                     # so of nan too
+            raise argparse.ArgumentTypeError(f"{text} is no number from {least} to {most}")
         return value
     parse.__name__ = {int: "whole number", float: "number"}[kind]
     return parse

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from data import (BODY_PHRASES, COMPANIONS, MODALITIES, MODALITY_PHRASES, Finding, Phantoms, ask_whether,
                   fingerprint, lexicon, match_findings, names_and_sides, open_data, read_findings, read_image,
                   read_term)
-from model import (RunConfig, UserError, arg, batch_indices, cli, get_lr, init_run, load_folder, load_weights, read_json,
+from model import (RunConfig, UserError, arg, batch_indices, cli, get_lr, init_run, load_folder, load_weights, put_in_place, read_json,
                    read_log, read_metadata, read_progress, read_tensors, refuse, run, save_folder, set_lr, take_step, weights_hash,
                    write_tensors, write_text)
 from dpo import BOTH_WAYS, read_pairs
@@ -482,9 +482,9 @@ def evaluate(cfg):
     sheets = [contact_sheet(loaded, vqgan, bench, autocast)]
     if "sft" in loaded:
         sheets += pair_sheet(loaded["sft"][0], vqgan, bench)
-    in_columns(sheets, 1).save(out / "samples.png")
+    write_picture(in_columns(sheets, 1), out / "samples.png")
     preferred = names[-1] if chosen in ("sft", "control") else chosen           # these two have no preference curves
-    curves(out, preferred).save(out / "curves.png")
+    write_picture(curves(out, preferred), out / "curves.png")
     print_table(written, names, bench)
     print(f"wrote {cfg.out}/eval.json, {cfg.out}/samples.png, {cfg.out}/curves.png; for other scorers "
           f"{cfg.out}/references.json and {cfg.out}/captions.json (greedy reports of {chosen})")
@@ -521,6 +521,12 @@ def print_table(written, names, bench):
 INK, GRID, PALE = (20, 20, 20), (222, 222, 222), (255, 255, 255)
 COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (140, 86, 75), (227, 119, 194),
            (127, 127, 127), (188, 189, 34), (23, 190, 207))
+
+
+def write_picture(image, path):
+    """A PIL image as PNG beside path, then renamed, as write_text does."""
+    image.save(new := Path(f"{path}.new"), "PNG")
+    put_in_place(new, path)
 
 
 def tile(pixels, size):
@@ -738,7 +744,7 @@ def answer_user(cfg):
     for file, text in zip(files, said):
         print(f"{file}: {text}" if len(files) > 1 else text)
     if tiles:
-        in_columns(tiles, len(tiles)).save(path := Path(cfg.out) / f"{command}.png")
+        write_picture(in_columns(tiles, len(tiles)), path := Path(cfg.out) / f"{command}.png")
         print(f"wrote {path}")
 
 

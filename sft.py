@@ -81,6 +81,7 @@ INSTRUCTIONS = {"report": ("Write the report.", "Describe this image.", "What do
 SPECIALS = ("<eos>", "</image>", "<image>", "<bos>", "<pad>")       # eos, eoi, boi, bos, pad below; <eos> first: see text_range
 image_tokens = lambda n: [f"<img_{i}>" for i in range(n)]
 MAX_TEXT = 128         # tokens of a response or prompt in words; longer ones are cut
+MAX_LETTERS = 64 * MAX_TEXT                                         # what lies behind them is not even read
 
 
 class Vocabulary:
@@ -110,7 +111,7 @@ class Vocabulary:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        tokenizer.train_from_iterator((text[:MAX_LETTERS] for text in texts), trainers.BpeTrainer(
             vocab_size=text_size - len(SPECIALS), show_progress=False, min_frequency=2,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
         return cls.append(tokenizer, codebook_size)
@@ -123,10 +124,10 @@ class Vocabulary:
 
     def encode_text(self, text):
         """Text to ids, at most MAX_TEXT of them; says once when it cuts."""
-        ids = self.tokenizer.encode(printable(text), add_special_tokens=False).ids
+        ids = self.tokenizer.encode(printable(text[:MAX_LETTERS]), add_special_tokens=False).ids
         if len(ids) > MAX_TEXT and not self.has_cut:
             self.has_cut = True
-            tqdm.write(f"a text of {len(ids)} tokens was cut to {MAX_TEXT}, and so will be others: {text[:60]!r}…")
+            tqdm.write(f"a text of {len(ids)} tokens or more was cut to {MAX_TEXT}, and so will be others: {text[:60]!r}…")
         return ids[:MAX_TEXT]
 
     def decode_text(self, ids):

@@ -526,6 +526,21 @@ def test_wrong_words_get_one_sentence(out, words, named):
         sample.main([*words, "--out", str(out)])
 
 
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(out, image_file, monkeypatch):
+    sample.main(["segment", str(image_file), "left_lung", "--out", str(out)])
+    before = (out / "segment.png").read_bytes()
+
+    def fill_the_disk(self, path, *rest):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(Image.Image, "save", fill_the_disk)
+        sample.main(["segment", str(image_file), "heart", "--out", str(out)])
+    assert (out / "segment.png").read_bytes() == before
+    sample.main(["segment", str(image_file), "left lung", "--out", str(out)])               # `_` reads as a blank
+    assert (out / "segment.png").read_bytes() == before
+
+
 def test_an_image_that_cannot_be_read_is_named(out, tmp_path):
     (tmp_path / "notes.png").write_text("not an image")
     with pytest.raises(UserError, match="notes.png"):

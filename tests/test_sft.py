@@ -112,6 +112,7 @@ def test_a_vocabulary_has_the_text_tokens_asked_for(size):
 def test_a_long_text_is_cut_and_that_is_said_once(vocab, capsys):
     vocab.has_cut = False
     assert len(vocab.encode_text("nodule " * 3 * MAX_TEXT)) == MAX_TEXT
+    assert len(vocab.encode_text("nodule " * 10 ** 6)) == MAX_TEXT                        # at once, as it is not all read
     assert capsys.readouterr().out.count("\n") == 1
     assert len(vocab.text_response("effusion " * 3 * MAX_TEXT)) == MAX_TEXT + 1         # <eos> is never cut off
     assert capsys.readouterr().out == ""
