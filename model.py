@@ -549,6 +549,8 @@ def arg(default, help, least=None, most=None, **options):
     """A dataclass field that `cli` turns into a flag with this line of help.
 
     A number lies in least..most; unless told otherwise whole numbers in 1..10⁹, fractions in 0..10³⁰."""
+    span = zip((least, most), (1, 10 ** 9) if type(default) is int else (0, 1e30))
+    least, most = (usual if own is None else own for own, usual in span)
     return dataclasses.field(default=default, metadata={"help": help, "least": least, "most": most, **options})
 
 
@@ -595,20 +597,13 @@ SHARED_PRESETS = {"tiny": dict(records=96, image_size=32), "quick": dict(records
                   "base": dict(records=100_000, image_size=256)}
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with its errors in one line."""
-
-    def error(self, message):
-        print(f"error: {message}; --help explains every flag", file=sys.stderr)
-        sys.exit(2)
-
-
 def cli(Config, presets, argv=None, doc=None, choice=None):
     """Parse flags into a Config (a dataclass of `arg` fields): defaults, then preset, then flags given.
 
     presets maps a preset's name to its values; choice (a flag, {its value: defaults of other flags}) comes
     between preset and flags given. Unknown flags exit with status 2, as argparse does."""
-    parser = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}; --help explains every flag")
     for f in dataclasses.fields(Config):
         flag, options = "--" + f.name.replace("_", "-"), dict(f.metadata)
         least, most = options.pop("least"), options.pop("most")
@@ -620,8 +615,7 @@ def cli(Config, presets, argv=None, doc=None, choice=None):
         elif f.type is tuple:
             options |= dict(nargs="+", type=type(f.default[0]), metavar=f.name.upper())
         elif f.type is not str:
-            span = (1, 10 ** 9) if f.type is int else (0, 1e30)
-            options["type"] = number_between(f.type, *(default if own is None else own for own, default in zip((least, most), span)))
+            options["type"] = number_between(f.type, least, most)
         default = " ".join(map(str, f.default)) if f.type is tuple else f.default or repr(f.default)
         options["help"] += f" (default: {default})"
         parser.add_argument(flag, default=argparse.SUPPRESS, **options)
@@ -777,11 +771,8 @@ def sum_over_processes(tensors):
 
 def largest_of_processes(number):
     """The largest of the processes' whole numbers."""
-    if processes() == 1:
-        return number
-    numbers = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    return int(numbers)
+    device = "cuda" if processes() > 1 and dist.get_backend() == "nccl" else "cpu"
+    return int(gather(torch.tensor([number], device=device)).max())
 
 
 def share_out(function, items, title):
