@@ -691,7 +691,7 @@ def row_record(row, root, size, channels):
         raise BadRow('masks must be {"structure": "file"}')
     masks = {printable(structure.replace("_", " ")): path_inside(root, file) for structure, file in masks.items()}
     ids = [row.get(k) for k in ("patient_id", "subject_id", "subject", "study_id")]
-    subject = next((str(i) for i in ids if i not in (None, "") and i == i), "")         # NaN, as pandas writes it, names nobody
+    subject = next((re.sub(r"\.0$", "", str(i).strip()) for i in ids if i not in (None, "") and i == i), "")    # pandas: NaN, 5.0
     record = Record(path, printable(" ".join(text.split())), row["file_name"], findings, masks, str(row.get("modality") or ""),
                     str(row.get("body_part") or ""), questions, subject)
     read_pixels(record, size, channels)                # a file that cannot be read is refused here, not in training
@@ -734,7 +734,8 @@ def read_named(rows):
         and f.get("side") in (None, "", *LEFT_RIGHT, "bilateral")
     if not isinstance(rows, list) or not all(map(is_named, rows)):
         raise BadRow('findings must be a list of {"name", "side"}, the side left, right, bilateral or null')
-    return tuple(Finding(printable(f["name"].replace("_", " ")), f.get("side") or "") for f in rows)
+    names = [(printable(f["name"].replace("_", " ")), f.get("side") or "") for f in rows]
+    return tuple(Finding(*f) for f in names if not re.fullmatch("no findings?", f[0].strip(), re.I))       # a usual label
 
 
 def metadata_rows(path):
@@ -754,7 +755,7 @@ def imagefolder_rows(folder):
     """(split, file, row number, row, image root) of Hugging Face's ImageFolder with metadata."""
     for sub in [folder, *sorted(filter(Path.is_dir, folder.iterdir()))]:
         split = "train" if sub == folder else SPLIT_NAMES.get(sub.name.lower(), "train")
-        for file in filter(Path.is_file, (sub / "metadata.jsonl", sub / "metadata.csv")):
+        for file in [*filter(Path.is_file, (sub / "metadata.jsonl", sub / "metadata.csv"))][:1]:         # the same in two forms
             for number, row in metadata_rows(file):
                 yield split, file, number, row, sub
 
@@ -824,8 +825,7 @@ def read_folder(folder, size, channels):
                 why = str(error)[:300]                         # the pattern takes quadratic time over what has no space
                 skipped[re.sub(r"\d[\d,x]*|\S*[/.]\S+", "…", why)[:200]] += 1
                 if skipped.total() <= MOST_NAMED:
-                    name = row.get("file_name") if isinstance(row, dict) else None
-                    name = f" ({str(name)[:100]})" if name else ""
+                    name = f" ({str(row['file_name'])[:100]})" if isinstance(row, dict) and row.get("file_name") else ""
                     tqdm.write(printable(f"skipped {file.relative_to(root)} row {number}{name}: {why}"))
                 elif skipped.total() == MOST_NAMED + 1:
                     tqdm.write("further rows that are skipped are only counted")
@@ -852,17 +852,17 @@ def fill_splits(splits, folder):
             tqdm.write(f"{folder}: {dropped} rows of {split} dropped: their subjects are also in another split")
         splits[split] = rows
         taken |= {r.subject for r in rows}
-    for split in ("test", "val"):
-        if not splits[split]:
-            subjects = sorted({r.subject for r in splits["train"]}, key=lambda s: (zlib.crc32(printable(s).encode()), s))
-            if len(subjects) < 2:
-                raise UserError(f"--data {folder}: {len(subjects)} training subject(s) are too few to hold one "
-                                f"out as {split}; at least 3 images of different subjects are needed")
-            held = set(subjects[:max(1, len(subjects) // 10)])
-            splits[split] = [r for r in splits["train"] if r.subject in held]
-            splits["train"] = [r for r in splits["train"] if r.subject not in held]
+    for split in [name for name in ("test", "val") if not splits[name]]:
+        subjects = sorted({r.subject for r in splits["train"]}, key=lambda s: (zlib.crc32(printable(s).encode()), s))
+        if len(subjects) < 2:
+            raise UserError(f"--data {folder}: {len(subjects)} training subject(s) are too few to hold one "
+                            f"out as {split}; at least 3 images of different subjects are needed")
+        held = set(subjects[:max(1, len(subjects) // 10)])
+        splits[split] = [r for r in splits["train"] if r.subject in held]
+        splits["train"] = [r for r in splits["train"] if r.subject not in held]
     if not splits["train"]:
         raise UserError(f"--data {folder}: no training row is left whose subject is not also in val or test")
+    tqdm.write(f"{folder}: {', '.join(f'{len(rows)} {split}' for split, rows in splits.items())}")
     return splits
 
 

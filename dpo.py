@@ -68,7 +68,7 @@ from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, beg
                    read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out,
                    sum_over_processes, take_step, train_mode, trained_parameters, weights_hash, write_tensors)
 from sft import (INSTRUCTIONS, check_data, collate, dice, draw_masks, load_gpt, load_vqgan, make_example, open_studies, pick_task,
-                 response_loss, sample_words)
+                 response_loss, sample_words, warn_of_other_data)
 from vqgan import encode_images
 
 
@@ -462,8 +462,9 @@ def pairs_that_count(pairs, cfg, phrases):
     needed = [v.any() for name, v in keep.items() if name.startswith("answer") != any(map(has_report, pairs))]
     if keep and not (needed and all(needed)):
         raise UserError(f"--objective {cfg.objective} finds no usable preference pair: of {len(pairs)}, chosen and rejected "
-                        f"differ in: {shown}; " + ("try another --rejected or --distort, or a --pair-temperature above 0"
-                        if any(map(has_report, pairs)) else "none has a report: take --objective bidpo or sft"))
+                        f"differ in: {shown}; " + ("none has a report: take --objective bidpo or sft" if not any(map(has_report, pairs))
+                        else "try another --rejected or --distort, a --pair-temperature above 0, or --keep-agreeing"
+                        + ", or name `findings` in the metadata" * (not phrases)))
     if keep:
         tqdm.write(f"of {len(pairs)} pairs chosen and rejected differ in: {shown}")
     return count(chosen_of(cfg)) | {name: np.where(flipped & (name in ("text", "language", "vision", "mask")), -v, v)
@@ -603,6 +604,7 @@ def train(cfg):
     check_resume(cfg, name)                                  # fail before the slow part, not at begin_stage
     model, vocab, vqgan = load_sft(cfg, device)
     data = open_data(cfg)
+    warn_of_other_data(cfg, data["train"])
     origin = {"another SFT model": weights_hash(model), "other data": fingerprint(data["train"])}
     check_resume(cfg, name, origin)
     phrases, sequences = lexicon(data["train"]), sequences_of(cfg)
@@ -620,7 +622,7 @@ def train(cfg):
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, 0.0, autocast)
     folder, progress = begin_stage(cfg, name, [trained], optimizers)
     start = progress.get("step", 0)
-    log = Log(f"{cfg.out}/{name}.jsonl", name, cfg.steps, start)
+    log = Log(f"{folder}.jsonl", name, cfg.steps, start)
     for step in range(start, cfg.steps):
         set_lr(optimizers, get_lr(*schedule(cfg, step), warmup=20))
         torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike

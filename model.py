@@ -234,7 +234,7 @@ class GPT(nn.Module):
         activations, sliding windows."""
         if (Path(folder) / "adapter_config.json").exists():
             return load_adapter(folder).to(device)
-        config, tensors = load_folder(folder, "sft.py", ("model_type", "qwen3"))
+        config, tensors = load_folder(folder, "sft.py" if Path(folder).name == "sft" else "dpo.py", ("model_type", "qwen3"))
         with refuse(f"{folder}/config.json describes no model", "bring back the one it came with"):
             rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
             known = {"rope_type": "default", "hidden_act": "silu", "use_sliding_window": False}
@@ -1141,7 +1141,7 @@ def copy_folder(source, target):
 def begin_stage(cfg, name, models, optimizers):
     """Where a stage writes and where it starts: (unfinished folder, progress of the state resumed or {}).
 
-    A stage works in out/NAME.partial and renames it to out/NAME when it is whole (`finish_stage`)."""
+    A stage works in out/NAME.partial, with its log beside it, and renames both when they are whole (`finish_stage`)."""
     final, partial = Path(cfg.out) / name, Path(cfg.out) / f"{name}.partial"
     for parameter in [p for model in models for p in model.parameters()] if processes() > 1 else ():
         dist.broadcast(parameter.data, 0)                  # all begin with the first process's weights
@@ -1150,6 +1150,8 @@ def begin_stage(cfg, name, models, optimizers):
         wait()
         if source == final:
             first_alone(copy_folder)(final, partial)
+        if process() == 0 and Path(f"{final}.jsonl").exists() and not (source == partial and Path(f"{partial}.jsonl").exists()):
+            shutil.copy(f"{final}.jsonl", f"{partial}.jsonl")
         return partial, progress
     if cfg.resume:
         tqdm.write(f"{final}: no saved step to resume from, starting at 0")
@@ -1163,9 +1165,9 @@ def read_log(path):
     """The lines of a JSONL log as dicts; one that is none, as a kill may leave the last, is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, RecursionError):
+        with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
             row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
+            if "step" in row and all(isinstance(v, int | float) and not 1e300 < abs(v) < math.inf for v in row.values()):
                 rows.append(row)
     return rows
 
@@ -1174,6 +1176,8 @@ def finish_stage(cfg, name):
     """Rename out/NAME.partial to out/NAME; an older out/NAME goes only when the new one is in place."""
     final, partial, old = (Path(cfg.out) / folder for folder in (name, f"{name}.partial", f".{name}.old"))
     if process() == 0:
+        if Path(f"{partial}.jsonl").exists():
+            put_in_place(Path(f"{partial}.jsonl"), f"{final}.jsonl")
         for path in partial.iterdir():
             if path.name.startswith(".tmp") or path.suffix == ".new":      # of a kill while writing; .tmp… are safetensors' own
                 path.unlink()
@@ -1225,7 +1229,7 @@ class Log:
         self.in_a_row = 0 if math.isfinite(grad_norm) else self.in_a_row + 1
         self.skipped += self.in_a_row > 0
         if self.in_a_row == 5:
-            saved = self.path.with_suffix(".partial")
+            saved = self.path.with_suffix("")
             raise UserError(f"{self.title} diverged: no finite gradient in steps {step - 4} to {step}; start over with lower learning "
                             "rates" + f" (what was good last lies in {saved})" * saved.exists())
 

@@ -44,7 +44,7 @@ from model import (RunConfig, UserError, arg, batch_indices, cli, get_lr, init_r
                    read_log, read_metadata, read_progress, read_tensors, refuse, run, save_folder, set_lr, take_step, weights_hash,
                    write_tensors, write_text)
 from dpo import BOTH_WAYS, read_pairs
-from sft import check_data, dice, draw_images, draw_masks, load_gpt, write_answers, write_reports
+from sft import check_data, dice, draw_images, draw_masks, load_gpt, warn_of_other_data, write_answers, write_reports
 from vqgan import VQGAN, encode_images, psnr, spread_indices, stack, to_images, to_pixels
 
 
@@ -176,13 +176,16 @@ class Benchmark:
 def make_benchmark(cfg, vqgan, device, autocast):
     """The first n test records with everything that is computed once for all models."""
     data = open_data(cfg)
+    warn_of_other_data(cfg, data["train"])
     reader, phrases = load_reader(data, cfg, device, autocast), lexicon(data["train"])
     n = min(cfg.n, len(data["test"]))
     records = [data["test"][i] for i in tqdm(range(n), desc="test images", leave=False)]
     images = [r.image for r in records]
-    known = bool(phrases) and all(r.findings is not None for r in records)
-    return Benchmark(records, encode_images(images, vqgan, autocast), to_pixels(stack(images, cfg.channels)).to(device),
-                     phrases, reader, known, Bootstrap(n, cfg.bootstrap), cfg, "".join(map(fingerprint, data.values())))
+    lacking = sum(r.findings is None for r in records)
+    if phrases and lacking:
+        tqdm.write(f"{lacking} of {n} test records have no `findings`: CHAIR, recall and F1, which need all, are left out")
+    return Benchmark(records, encode_images(images, vqgan, autocast), to_pixels(stack(images, cfg.channels)).to(device), phrases,
+                     reader, bool(phrases) and not lacking, Bootstrap(n, cfg.bootstrap), cfg, "".join(map(fingerprint, data.values())))
 
 
 def evaluate_reconstruction(vqgan, bench):
@@ -384,7 +387,7 @@ def find_models(out):
     """Names of the GPT folders in out: sft and control first, then the others."""
     names = [p.parent.name for p in Path(out).glob("[!.]*/tokenizer.json") if p.parent.suffix != ".partial"]
     if not names:
-        raise UserError(f"{out} holds no trained model; run `python dpo.py` first (it trains every stage), or name --out")
+        raise UserError(f"--out {out} holds no trained model; run `python dpo.py` first (it trains every stage), or name --out")
     return sorted(names, key=lambda n: (n != "sft", n != "control", n))
 
 

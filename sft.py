@@ -373,7 +373,7 @@ def train(cfg):
     train_mode(model, cfg)
     folder, progress = begin_stage(cfg, "sft", [trained], optimizers)
     start, best_score = progress.get("step", 0), progress.get("best_score", -float("inf"))
-    log = Log(f"{cfg.out}/sft.jsonl", "sft", cfg.steps, start)
+    log = Log(f"{folder}.jsonl", "sft", cfg.steps, start)
     save = lambda step: save_state(folder, step, [trained], optimizers, best_score=best_score, flags=run_flags(cfg), origin=origin)
     for step in range(start, cfg.steps):
         set_lr(optimizers, get_lr(step, cfg.steps, warmup=40))
@@ -514,6 +514,14 @@ def check_data(trained_on, cfg, folder):
         if trained_on.startswith("phantoms"):
             flags = trained_on.removeprefix("phantoms ") + " and no --data" * bool(cfg.data)
         raise UserError(f"{folder} was trained on {trained_on}, not on {data_name(cfg)}: say {flags}, or name another --out")
+
+
+def warn_of_other_data(cfg, records):
+    """Say that --data is no longer what out/studies was made of: its patients may be split otherwise now."""
+    made = read_json(Path(cfg.out) / "studies" / "config.json")
+    if cfg.data and made and made.get("records") != fingerprint(records):
+        tqdm.write(f"{cfg.data} (or data.py) is not as it was when {cfg.out}/sft was trained: what is held out now may have been "
+                   "trained on; train anew to be sure")
 
 
 def load_gpt(folder, vqgan, device, model=None):

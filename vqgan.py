@@ -50,8 +50,8 @@ class VQGANConfig:
 
     def __post_init__(self):
         self.widths = tuple(self.widths)     # JSON gives a list
-        if not (self.image_size <= 4096 and self.channels in (1, 3) and self.codebook_size < 2 ** 15):
-            raise UserError("image_size is over 4096, channels is not 1 or 3, or codebook_size over 32767")
+        if not (self.grid >= 1 and self.image_size <= 4096 and self.channels in (1, 3) and self.codebook_size < 2 ** 15):
+            raise UserError("image_size is under 2^len(widths) or over 4096, channels is not 1 or 3, or codebook_size over 32767")
 
     @property
     def grid(self):
@@ -352,7 +352,7 @@ def train(cfg):
     start = progress.get("step", 0)
     images = image_stack(data["train"], cfg.images, cfg.mask_share, cfg.channels, cfg.seed)
     val = to_pixels(image_stack(data["val"], 256, cfg.mask_share, cfg.channels, cfg.seed)).to(device)
-    log = Log(f"{cfg.out}/vqgan.jsonl", "vqgan", cfg.steps, start)
+    log = Log(f"{folder}.jsonl", "vqgan", cfg.steps, start)
     for step in range(start, cfg.steps):
         set_lr([optimizer, d_optimizer], get_lr(step, cfg.steps, warmup=40))
         x = images[own(batch_indices(len(images), cfg.batch_size, step, cfg.seed))].to(device)      # bytes, a quarter of floats

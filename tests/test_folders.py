@@ -52,8 +52,8 @@ def rows_of_names(splits):
 
 
 def messages(capsys):
-    """Lines printed, without progress bars: one a skipped row, then the counts."""
-    return [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    """Lines printed, without progress bars and sizes of splits: one a skipped row, then the counts."""
+    return [line for line in capsys.readouterr().out.splitlines() if "skipped" in line and " train, " not in line]
 
 
 def check_subjects(splits):
@@ -147,6 +147,13 @@ def test_letters_that_are_not_utf_8_are_told(tmp_path, capsys):
     assert "6 read, 0 skipped; 1 texts hold letters that are not UTF-8" in messages(capsys)[-1]
 
 
+def test_the_same_rows_in_two_forms_are_read_once(tmp_path, capsys):
+    folder = image_folder(tmp_path, [])
+    (folder / "train/metadata.csv").write_text("file_name,text\ni0.png,Good 0.\n")
+    splits = read_folder(folder, 32, 1)
+    assert len(rows_of_names(splits)) == 5 and f"{folder}: 3 train, 1 val, 1 test" in capsys.readouterr().out
+
+
 def test_values_below_0_are_refused_and_not_shown_black(tmp_path):
     """Hounsfield units, say."""
     (tmp_path / "train").mkdir()
@@ -157,10 +164,11 @@ def test_values_below_0_are_refused_and_not_shown_black(tmp_path):
 
 
 def test_a_patient_without_a_name_is_nobody(tmp_path):
-    """NaN, as pandas writes what is missing."""
-    rows = [f'{{"file_name": "i{i}.png", "text": "T.", "patient_id": NaN, "subject_id": {"NaN" if i else 7}}}' for i in range(5)]
+    """NaN, as pandas writes what is missing; 7.0, " 7 " and 7 are one patient."""
+    ids = ["7", "7.0", '" 7 "', "NaN", "NaN"]
+    rows = [f'{{"file_name": "i{i}.png", "text": "T.", "patient_id": NaN, "subject_id": {ids[i]}}}' for i in range(5)]
     splits = read_folder(image_folder(tmp_path, rows), 32, 1)
-    assert {r.subject for r in rows_of_names(splits) if r.text == "T."} == {"7", "i1.png", "i2.png", "i3.png", "i4.png"}
+    assert {r.subject for r in rows_of_names(splits) if r.text == "T."} == {"7", "i3.png", "i4.png"}
 
 
 def test_questions_and_answers_may_be_numbers_and_odd_ones_are_told(tmp_path, capsys):
@@ -174,8 +182,10 @@ def test_questions_and_answers_may_be_numbers_and_odd_ones_are_told(tmp_path, ca
 
 
 def test_an_empty_list_of_findings_is_known_to_be_none(tmp_path):
-    records = rows_of(read_folder(image_folder(tmp_path, [{"file_name": "i0.png", "text": "N.", "findings": []}]), 32, 1))
-    assert records["N."].findings == () and records["Good 0."].findings is None
+    rows = [{"file_name": "i0.png", "text": "N.", "findings": []},
+            {"file_name": "i0.png", "text": "M.", "findings": [{"name": "No_Finding"}, {"name": "nodule"}]}]
+    records = rows_of(read_folder(image_folder(tmp_path, rows), 32, 1))
+    assert records["N."].findings == () and records["Good 0."].findings is None and records["M."].findings == (Finding("nodule"),)
 
 
 def test_a_row_with_questions_needs_no_text(tmp_path):

@@ -921,7 +921,8 @@ def test_a_tied_head_stored_twice_is_no_obstacle(gpt, tmp_path):
 
 
 def test_a_half_written_log_line_does_not_stop_a_resume(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "lo')
+    odd = ['{"step": 1, "loss": "x"}', '{"step": null}', '{"step": 1, "loss": 1' + 400 * "0" + "}", "[1]", '{"step": 1, "lo']
+    (tmp_path / "x.jsonl").write_text("\n".join(['{"step": 0, "loss": 1.0}', *odd]))
     Log(tmp_path / "x.jsonl", "x", 4, start=2).close()
     assert (tmp_path / "x.jsonl").read_text() == '{"step": 0, "loss": 1.0}\n'
 
@@ -962,7 +963,7 @@ def test_a_copied_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
 
 
 def test_a_step_without_a_finite_gradient_changes_nothing_and_five_in_a_row_stop_the_run(gpt, tmp_path):
-    before, log = copy.deepcopy(gpt.state_dict()), Log(tmp_path / "x.jsonl", "x", 9)
+    before, log = copy.deepcopy(gpt.state_dict()), Log(tmp_path / "x.partial.jsonl", "x", 9)
     optimizers = make_optimizers(gpt, 0.02, 0.02, 0.1)
     for step in range(4):
         log.count(step, take_step(loss_at(gpt, 0) * float("inf"), gpt.parameters(), optimizers))
@@ -977,7 +978,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_five_in_a_row_stop
         log.count(9, float("inf"))
     with pytest.raises(UserError, match="diverged: its last step"):               # a short run does not come to five
         log.close()
-    assert read_log(tmp_path / "x.jsonl")[0]["skipped"] == 4
+    assert read_log(tmp_path / "x.partial.jsonl")[0]["skipped"] == 4
 
 
 def test_a_warning_is_given_once(tmp_path, capsys):

@@ -351,6 +351,23 @@ def test_a_model_of_other_steps_than_the_controls_is_named(monkeypatch, capsys):
     assert line.startswith("out/short and out/control were trained with other --steps, --seed")
 
 
+def test_what_cannot_be_counted_and_what_may_have_been_seen_is_told(tmp_path, monkeypatch, capsys):
+    """One test record has no findings; --data is another than out/studies was made of, which is no matter of phantoms."""
+    for name, found in {"load_reader": None, "encode_images": np.zeros((2, 4))}.items():
+        monkeypatch.setattr(sample, name, lambda *a, found=found: found)
+    records = [record(H), replace(record(), findings=None)]
+    monkeypatch.setattr(sample, "open_data", lambda cfg: {"train": records, "test": records})
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies/config.json").write_text('{"records": "others"}')
+    made = []
+    for data in ("", "d"):
+        cfg = sample.SampleConfig(out=str(tmp_path), data=data, n=2)
+        made.append(sample.make_benchmark(cfg, None, torch.device("cpu"), autocast))
+        said = capsys.readouterr().out
+        assert "1 of 2 test records have no `findings`" in said and ("may have been trained on" in said) == bool(data)
+    assert not made[0].known
+
+
 def test_the_benchmark_knows_the_data_it_was_made_of(tmp_path, monkeypatch):
     cfg = sample.SampleConfig(out=str(tmp_path), image_size=16, records=40, n=2)
     for name, found in {"load_reader": None, "encode_images": np.zeros((2, 4))}.items():

@@ -45,7 +45,7 @@ def goes_on_as_if_nothing_had_happened(out, trained):
 def test_one_run_in_a_folder_and_a_signal_ends_it_well(trained, tmp_path):
     """SIGTERM ends the step, saves and says how to go on; a second run meanwhile is told who is at work."""
     first = start("vqgan.py", tmp_path)
-    wait_for(lambda: read_log(tmp_path / "vqgan.jsonl"), first)
+    wait_for(lambda: read_log(tmp_path / "vqgan.partial.jsonl"), first)
     first.send_signal(signal.SIGSTOP)
     second = start("vqgan.py", tmp_path)
     _, said = second.communicate(timeout=60)
@@ -64,6 +64,17 @@ def test_a_run_does_not_go_on_with_other_data(trained, monkeypatch):
         monkeypatch.setattr(module, "fingerprint", lambda records: "edited")
         with pytest.raises(UserError, match=f"--resume: {trained}/{name} was started from other data; leave"):
             module.main([*TINY, "--out", str(trained), "--resume"])
+
+
+def test_a_run_that_is_stopped_leaves_the_finished_one_its_log(out, monkeypatch):
+    log, partial = out / "vqgan.jsonl", out / "vqgan.partial.jsonl"
+    before = log.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(vqgan, "get_lr", lambda step, *rest, **options: 1e-3 / (3 - step))
+        vqgan.main([*TINY, "--out", str(out), "--log-every", "1"])
+    assert log.read_bytes() == before and len(read_log(partial)) == 3
+    vqgan.main([*TINY, "--out", str(out), "--steps", "42", "--log-every", "1", "--resume"])                 # of the finished run
+    assert log.read_bytes().startswith(before) and len(read_log(log)) == len(before.splitlines()) + 2 and not partial.exists()
 
 
 @pytest.mark.parametrize("program, name", [(vqgan, "vqgan"), (sft, "sft"), (dpo, "bidpo")], ids=["vqgan", "sft", "bidpo"])
