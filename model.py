@@ -1155,8 +1155,11 @@ def begin_stage(cfg, name, models, optimizers):
         return partial, progress
     if cfg.resume:
         tqdm.write(f"{final}: no saved step to resume from, starting at 0")
-    elif (partial / "state.safetensors").exists():
-        tqdm.write(f"{partial} holds an unfinished run; starting over (--resume would have gone on)")
+    elif process() == 0 and (partial / "state.safetensors").exists():
+        shutil.rmtree(kept := partial.with_name(f".{name}.unfinished"), ignore_errors=True)
+        os.replace(partial, kept)
+        tqdm.write(f"{partial} held an unfinished run, which lies in {kept} till this one is done; starting over (--resume would have "
+                   "gone on)")
     first_alone(shutil.rmtree)(partial, ignore_errors=True)
     return partial, {}
 
@@ -1187,7 +1190,8 @@ def finish_stage(cfg, name):
             shutil.rmtree(old, ignore_errors=True)
             os.replace(final, old)
         put_in_place(partial, final)
-        shutil.rmtree(old, ignore_errors=True)
+        for gone in (old, final.with_name(f".{name}.unfinished")):
+            shutil.rmtree(gone, ignore_errors=True)
     wait()
 
 

@@ -801,7 +801,8 @@ def test_stage_begins_where_it_should(gpt, tmp_path, left, resume, step):
         save_state(tmp_path / name, 3 + i, [gpt], [])
     folder, progress = begin_stage(stage_config(tmp_path, resume), "x", [gpt], [])
     assert folder == tmp_path / "x.partial" and progress.get("step") == step
-    assert folder.exists() == resume         # starting over clears it, a finished run is gone on with as a copy
+    assert folder.exists() == resume         # a finished run is gone on with as a copy; starting over puts an unfinished one aside
+    assert (tmp_path / ".x.unfinished/state.safetensors").exists() == ("x.partial" in left and not resume)
 
 
 @pytest.mark.parametrize("make", [lambda path: (path.mkdir(), (path / "patient.dcm").write_text("mine")),
@@ -871,7 +872,7 @@ def test_resuming_with_other_flags_is_refused(gpt, tmp_path):
 
 @pytest.mark.parametrize("older", [True, False])
 def test_finished_stage_replaces_an_old_folder_whole(tmp_path, older):
-    for name in ("x", ".x.old") if older else ():
+    for name in ("x", ".x.old", ".x.unfinished") if older else ():
         (tmp_path / name).mkdir()
         (tmp_path / name / "left over").touch()
     (tmp_path / "x.partial").mkdir()
