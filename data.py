@@ -194,8 +194,7 @@ def phantom_spec(seed, split, index, bias, modalities=3):
 def draw(spec, size=64):
     """Image (size, size) uint8 and masks {structure: (size, size) bool} of a spec.
 
-    Anatomy, noise and each finding's place are drawn from generators of their own, so taking a
-    finding out changes nothing but it and what it moved."""
+    Anatomy, noise and each finding's place have generators of their own: taking one out changes nothing but it and what it moved."""
     look = spec.rng("look")
     canvas = Canvas(size, look.uniform(-0.06, 0.06))
     found = {f.name: SimpleNamespace(**vars(f), sign=SIGN.get(f.side), rng=spec.rng("place", f.name)) for f in spec.findings}
@@ -575,7 +574,7 @@ def draw_brain_mri(c, found, a):
 # ---- For consultation: folders of real images ----------------------------------------------------
 
 MIN_SIDE, MAX_PIXELS, MOST_NAMED = 16, 64_000_000, 200
-SPLIT_NAMES = {**dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"), "test": "test", "testing": "test"}     # else train
+SPLIT_NAMES = {**dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"), "test": "test", "testing": "test"}    # else train
 
 
 class BadRow(ValueError):
@@ -691,7 +690,7 @@ def row_record(row, root, size, channels):
         raise BadRow('masks must be {"structure": "file"}')
     masks = {printable(structure.replace("_", " ")): path_inside(root, file) for structure, file in masks.items()}
     ids = [row.get(k) for k in ("patient_id", "subject_id", "subject", "study_id")]
-    subject = next((re.sub(r"\.0$", "", str(i).strip()) for i in ids if i not in (None, "") and i == i), "")    # pandas: NaN, 5.0
+    subject = next((re.sub(r"^(\d+)\.0$", r"\1", str(i).strip()) for i in ids if i not in (None, "") and i == i), "")    # pandas: NaN, 5.0
     record = Record(path, printable(" ".join(text.split())), row["file_name"], findings, masks, str(row.get("modality") or ""),
                     str(row.get("body_part") or ""), questions, subject)
     read_pixels(record, size, channels)                # a file that cannot be read is refused here, not in training
@@ -755,7 +754,10 @@ def imagefolder_rows(folder):
     """(split, file, row number, row, image root) of Hugging Face's ImageFolder with metadata."""
     for sub in [folder, *sorted(filter(Path.is_dir, folder.iterdir()))]:
         split = "train" if sub == folder else SPLIT_NAMES.get(sub.name.lower(), "train")
-        for file in [*filter(Path.is_file, (sub / "metadata.jsonl", sub / "metadata.csv"))][:1]:         # the same in two forms
+        files = [*filter(Path.is_file, (sub / "metadata.jsonl", sub / "metadata.csv"))]
+        if len(files) > 1:
+            say_once(f"{files[1]} is passed over: {files[0].name} stands beside it")
+        for file in files[:1]:
             for number, row in metadata_rows(file):
                 yield split, file, number, row, sub
 
@@ -874,8 +876,7 @@ def image_source(cfg):
 
 
 def fingerprint(records):
-    """Twelve hex digits that name a sequence of records: a phantom's recipe, or all rows and the times of their images;
-    and this file, since it draws and reads them."""
+    """Twelve hex digits of records: a phantom's recipe, or all rows and the times of their images; and of this file, which reads them."""
     digest = hashlib.sha256(Path(__file__).read_bytes() + repr(vars(records) if isinstance(records, Phantoms) else "").encode())
     for r in records.rows if isinstance(records, Folder) else ():
         times = [path.stat().st_mtime_ns for path in (r.image, *r.masks.values())]
@@ -920,8 +921,7 @@ def phrase_pattern(phrases):
 def read_findings(text, phrases):
     """The findings that a report asserts, as a tuple of Finding; negated sentences assert nothing.
 
-    A sentence is read clause by clause (commas and "and"), up to its first negation; a clause like
-    "nodule is absent" denies itself."""
+    A sentence is read clause by clause (commas and "and"), up to its first negation; a clause like "nodule is absent" denies itself."""
     found = {}
     for sentence in re.split(r"[.;\n]+", text.lower().replace("-", " ")):
         sentence = re.sub(r"\bleft and right\b|\bright and left\b|\bboth\b", "bilateral", DENIED.sub("absent", sentence))

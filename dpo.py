@@ -605,7 +605,7 @@ def train(cfg):
     model, vocab, vqgan = load_sft(cfg, device)
     data = open_data(cfg)
     warn_of_other_data(cfg, data["train"])
-    origin = {"another SFT model": weights_hash(model), "other data": fingerprint(data["train"])}
+    origin = {"SFT model": weights_hash(model), "--data or data.py": fingerprint(data["train"])}
     check_resume(cfg, name, origin)
     phrases, sequences = lexicon(data["train"]), sequences_of(cfg)
     studies = open_studies(cfg, data["train"], vqgan, autocast)
@@ -776,7 +776,6 @@ def read_pairs(folder, codebook_size):
 
 def write_pairs(cfg, pairs, recipe):
     """out/pairs: config.json, codes.safetensors, and pairs.jsonl for people to read."""
-    check_own(cfg.out, "pairs")
     if process() > 0:
         return finish_stage(cfg, "pairs")
     new = Path(cfg.out) / "pairs.partial"
@@ -818,15 +817,15 @@ def load_or_build_pairs(cfg, records, studies, phrases, vqgan, model, vocab, aut
     folder = Path(cfg.out) / "pairs"
     flags = ("seed", "records", "pairs", "distort", "candidates", "strength", "pair_temperature", "entropy_samples", "proposals")
     recipe = {k: run_flags(cfg)[k] for k in flags} | {"data": fingerprint(records), "sft": weights_hash(model)}
+    check_own(cfg.out, "pairs")
     made = read_json(folder / "config.json") == recipe
     if found := made and read_pairs(folder, vqgan.config.codebook_size):
         pairs = found
         tqdm.write(f"{len(pairs)} pairs from {folder}")
     else:
         if folder.exists() and not made:
-            tqdm.write(f"{folder} was made with other flags or another SFT model: building it anew; what was trained on the "
+            tqdm.write(f"{folder} was made with other flags, other data or another SFT model: building it anew; what was trained on the "
                        "old pairs stays as it is")
-        check_own(cfg.out, "pairs")
         pairs = build_pairs(records, studies, cfg, vqgan, lambda r: key_region(r, model, vocab, vqgan, autocast), autocast)
         if cfg.candidates > 1:                              # all in wording 0, until set_responses draws it
             logps = sum_reference_logps(model, pairs, ("text_given",), vocab, cfg, autocast)["text_given"]

@@ -603,7 +603,7 @@ def cli(Config, presets, argv=None, doc=None, choice=None):
     presets maps a preset's name to its values; choice (a flag, {its value: defaults of other flags}) comes
     between preset and flags given. Unknown flags exit with status 2, as argparse does."""
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; --help explains every flag")
+    parser.error = lambda message: parser.exit(2, f"error: {message}; --help explains every flag\n")
     for f in dataclasses.fields(Config):
         flag, options = "--" + f.name.replace("_", "-"), dict(f.metadata)
         least, most = options.pop("least"), options.pop("most")
@@ -910,7 +910,7 @@ def load_folder(folder, writer, expect):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; run `python {writer}` first, or name its --out")
-    with refuse(f"{folder} is no whole model folder", f"bring back what it lacks, or train it again with `python {writer}`"):
+    with refuse(f"{folder} is no whole model folder", f"bring back what it lacks; if it was trained here, `python {writer}` trains it again"):
         config = json.loads((folder / "config.json").read_text())
         if (found := config.get(expect[0])) != expect[1]:
             raise UserError(f"{folder}/config.json says {expect[0]} {found!r}, and only {expect[1]!r} is read here: "
@@ -1096,8 +1096,8 @@ def load_state(folder, models, optimizers):
 
 
 def check_resume(cfg, name, origin=()):
-    """The folder whose saved state --resume goes on from, or None. Raises UserError if another run's flags made it, or if
-    what it was started from is not the same: origin, {what to call another one: hash}."""
+    """The folder whose saved state --resume goes on from, or None. Raises UserError if another run's flags made it, if what
+    it was started from is another now, origin {what: hash}, or if files of other hands would be replaced."""
     check_own(cfg.out, name)
     final, partial = Path(cfg.out) / name, Path(cfg.out) / f"{name}.partial"
     source = next((f for f in (partial, final) if (f / "state.safetensors").exists()), None)
@@ -1110,8 +1110,8 @@ def check_resume(cfg, name, origin=()):
         program = f"{name}.py" if name in ("vqgan", "sft") else "dpo.py"
         raise UserError(f"--resume: {source} was started with other values of {', '.join(other)}; go on with `python {program} "
                         "--resume` and those, or leave out --resume")
-    if others := [other for other in origin if progress.get("origin", {}).get(other, origin[other]) != origin[other]]:
-        raise UserError(f"--resume: {source} was started from {' and '.join(others)}; leave out --resume")
+    if others := [what for what in origin if progress.get("origin", {}).get(what, origin[what]) != origin[what]]:
+        raise UserError(f"--resume: {source} was started from another {' and '.join(others)}; leave out --resume")
     if step > cfg.steps:
         raise UserError(f"--resume: {source} has {step} steps behind it, --steps {cfg.steps} is less; "
                         "name more, or leave out --resume")
@@ -1156,16 +1156,19 @@ def begin_stage(cfg, name, models, optimizers):
     if cfg.resume:
         tqdm.write(f"{final}: no saved step to resume from, starting at 0")
     elif process() == 0 and (partial / "state.safetensors").exists():
-        shutil.rmtree(kept := partial.with_name(f".{name}.unfinished"), ignore_errors=True)
-        os.replace(partial, kept)
-        tqdm.write(f"{partial} held an unfinished run, which lies in {kept} till this one is done; starting over (--resume would have "
-                   "gone on)")
+        kept = partial.with_name(f".{name}.unfinished")
+        if not kept.exists():                                # the first one was long at work, others were started over
+            if Path(f"{partial}.jsonl").exists():
+                os.replace(f"{partial}.jsonl", partial / "log.jsonl")
+            os.replace(partial, kept)
+        tqdm.write(f"starting over; till this run is done an unfinished one lies in {kept} (to go on with it rename it {partial}, its "
+                   f"log.jsonl {partial}.jsonl, and say --resume)")
     first_alone(shutil.rmtree)(partial, ignore_errors=True)
     return partial, {}
 
 
 def read_log(path):
-    """The lines of a JSONL log as dicts; one that is none, as a kill may leave the last, is left out."""
+    """The lines of a JSONL log as dicts; what is none, as a kill may leave the last, or what no plot could hold is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
@@ -1179,13 +1182,13 @@ def finish_stage(cfg, name):
     """Rename out/NAME.partial to out/NAME; an older out/NAME goes only when the new one is in place."""
     final, partial, old = (Path(cfg.out) / folder for folder in (name, f"{name}.partial", f".{name}.old"))
     if process() == 0:
-        if Path(f"{partial}.jsonl").exists():
-            put_in_place(Path(f"{partial}.jsonl"), f"{final}.jsonl")
         for path in partial.iterdir():
             if path.name.startswith(".tmp") or path.suffix == ".new":      # of a kill while writing; .tmp… are safetensors' own
                 path.unlink()
             else:
                 sync(path)                     # the slow part, before the older folder goes
+        if Path(f"{partial}.jsonl").exists():
+            put_in_place(Path(f"{partial}.jsonl"), f"{final}.jsonl")
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(final, old)

@@ -392,20 +392,22 @@ def find_models(out):
 
 
 def warn_of_unlike(out, loaded):
-    """Say which models of stage 2 do not compare: begun from another SFT model than out/sft now is, or of other steps, pairs
-    or seed than the control."""
+    """Say which models of stage 2 do not compare: begun from another SFT model than out/sft now is, or on other data,
+    of other steps, batches, pairs or seed than the control."""
+    conditions = lambda p: {"--steps": p["step"], **p.get("origin", {}), "--batch-size": p["flags"]["batch_size"],
+                            "--pairs": p["flags"]["pairs"], "--seed": p["flags"]["seed"]}
     now, tuned = weights_hash(loaded["sft"][0]) if "sft" in loaded else "", {}
     for name in loaded:
         with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):   # one without its state says nothing
             if "objective" in (progress := read_progress(out / name))["flags"]:
                 tuned[name] = progress
     for name, progress in tuned.items():
-        if now and progress.get("origin", {}).get("another SFT model", now) != now:
+        own, its = (conditions(p) for p in (progress, tuned.get("control", progress)))
+        if now and own.get("SFT model", now) != now:
             tqdm.write(f"{out / name} was trained from another {out / 'sft'} than is there now: train it again to compare them")
-        own, its = ({"steps": p["step"], **p["flags"]} for p in (progress, tuned.get("control", progress)))
-        if other := [f"--{k.replace('_', '-')}" for k in ("steps", "batch_size", "pairs", "seed") if own[k] != its[k]]:
-            tqdm.write(f"{out / name} and {out / 'control'} were trained with other {', '.join(other)}: their difference has "
-                       "more than one cause")
+        if other := [what for what in own if its.get(what, own[what]) != own[what]]:
+            tqdm.write(f"{out / name} and {out / 'control'} were trained with different {', '.join(other)}: their "
+                       "difference has more than one cause")
 
 
 def choose_model(cfg, names):
@@ -441,7 +443,7 @@ def read_kept(path, recipe=None):
 def evaluate_model(name, model, vocab, vqgan, bench):
     """Every metric of one model, {name: Metric}; these and its greedy reports are kept in out/eval.
 
-    A model is evaluated again only after a change: of weights, test set, finding reader, flags or code."""
+    A model is evaluated again only after a change: of weights, data, finding reader, flags or code."""
     cfg, path = bench.cfg, Path(bench.cfg.out) / "eval" / f"{name}.safetensors"
     flags = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("words", "model", "out", "device", "count")}
     code = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))

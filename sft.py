@@ -16,6 +16,7 @@ remains); val/f1, the finding F1 of greedy reports on held-out records, climbs l
 the best val/f1 is kept, as val/loss rises again much earlier (where findings are unknown: that with the lowest val/loss).
 """
 
+import contextlib
 import json
 import shutil
 from copy import copy
@@ -33,7 +34,7 @@ import vqgan as vqgan_stage
 from data import Finding, fingerprint, image_source, lexicon, match_findings, open_data, printable, read_findings
 from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_own,
                    check_resume, copy_folder, cli, config_for, finish_stage, first_alone, folder_hash, gather, generate, get_lr, init_run,
-                   make_optimizers, own, process, processes, read_json, read_tensors, refuse, run, run_flags, save_state,
+                   make_optimizers, own, process, processes, read_json, read_progress, read_tensors, refuse, run, run_flags, save_state,
                    save_tuned, sequence_logps, set_lr, take_step, train_mode, trained_parameters, wait, weights_hash,
                    write_tensors, write_text)
 from vqgan import VQGAN, encode_images
@@ -102,8 +103,7 @@ class Vocabulary:
 
     def config(self):
         """What the model's config.json tells of it."""
-        return {"vocab_size": self.size, "pad_token_id": self.pad, "bos_token_id": self.bos, "eos_token_id": self.eos,
-                "image_token_start": self.image_start}
+        return {"pad_token_id": self.pad, "bos_token_id": self.bos, "eos_token_id": self.eos, "image_token_start": self.image_start}
 
     @classmethod
     def train(cls, texts, codebook_size, text_size=800):
@@ -176,7 +176,7 @@ class Vocabulary:
         """Read what save wrote. Raises UserError."""
         tokenizer = read_tokenizer(folder)
         if None in map(tokenizer.token_to_id, (*SPECIALS, "<img_0>")):
-            raise UserError(f"{folder}/tokenizer.json has no image tokens; name a folder that `python sft.py` wrote")
+            raise UserError(f"{folder}/tokenizer.json lacks our special tokens or the image's; name a folder that `python sft.py` wrote")
         return cls(tokenizer, tokenizer.get_vocab_size() - tokenizer.token_to_id("<img_0>"))
 
 
@@ -355,8 +355,9 @@ def train(cfg):
                         "name another --out, or remove the folder to train it again")
     loaded = load_init(cfg, vqgan, device) if cfg.init else None       # what it refuses it refuses before the encoding
     data = open_data(cfg)
-    base = {"another --init": folder_hash(cfg.init)} if cfg.init else {"another image tokenizer": weights_hash(vqgan)}
-    origin = base | {"other data": fingerprint(data["train"])}
+    origin = {"image tokenizer": weights_hash(vqgan), "--data or data.py": fingerprint(data["train"])}
+    if cfg.init:
+        origin["--init"] = folder_hash(cfg.init)
     check_resume(cfg, "sft", origin)
     studies = open_studies(cfg, data["train"], vqgan, autocast)
     model, vocab, adapter = loaded or new_model(cfg, vqgan, studies, device)
@@ -374,7 +375,6 @@ def train(cfg):
     folder, progress = begin_stage(cfg, "sft", [trained], optimizers)
     start, best_score = progress.get("step", 0), progress.get("best_score", -float("inf"))
     log = Log(f"{folder}.jsonl", "sft", cfg.steps, start)
-    save = lambda step: save_state(folder, step, [trained], optimizers, best_score=best_score, flags=run_flags(cfg), origin=origin)
     for step in range(start, cfg.steps):
         set_lr(optimizers, get_lr(step, cfg.steps, warmup=40))
         torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike
@@ -392,13 +392,12 @@ def train(cfg):
             if score >= best_score:                          # the folder keeps the best model, its state is the last
                 best_score = score
                 save_tuned(folder, model, cfg, adapter)
-            if not log.in_a_row:                             # what has diverged is not gone on with
-                save(step + 1)
             log.warn(len(val) > 1 and held_out.get("val/distinct_reports") == 1, "every report is the same; it may yet learn to look")
         elif step % cfg.log_every == 0:
             log(step, ("loss",), loss=loss, grad_norm=grad_norm, lr=optimizers[-1].param_groups[0]["lr"])
+        if ((step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps or log.stopping) and not log.in_a_row:
+            save_state(folder, step + 1, [trained], optimizers, best_score=best_score, flags=run_flags(cfg), origin=origin)
         if log.stopping:
-            save(step + 1)
             log.close()                                      # raises Stopped
     log.close()
     vocab.save(folder)
@@ -517,11 +516,11 @@ def check_data(trained_on, cfg, folder):
 
 
 def warn_of_other_data(cfg, records):
-    """Say that --data is no longer what out/studies was made of: its patients may be split otherwise now."""
-    made = read_json(Path(cfg.out) / "studies" / "config.json")
-    if cfg.data and made and made.get("records") != fingerprint(records):
-        tqdm.write(f"{cfg.data} (or data.py) is not as it was when {cfg.out}/sft was trained: what is held out now may have been "
-                   "trained on; train anew to be sure")
+    """Say that --data is no longer what out/sft was trained on: its patients may be split otherwise now."""
+    with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):     # a folder without its state says nothing
+        if cfg.data and read_progress(Path(cfg.out) / "sft")["origin"]["--data or data.py"] != fingerprint(records):
+            tqdm.write(f"{cfg.data} (or data.py) is not as it was when {cfg.out}/sft was trained: what is held out now may have been "
+                       "trained on; train anew to be sure")
 
 
 def load_gpt(folder, vqgan, device, model=None):
@@ -529,11 +528,11 @@ def load_gpt(folder, vqgan, device, model=None):
 
     Raises UserError if it was trained with another image tokenizer, or with another tokenizer.json."""
     model, vocab = model or GPT.from_pretrained(folder, device), Vocabulary.load(folder)
-    if any(vars(model.config)[k] != v for k, v in vocab.config().items()):
-        raise UserError(f"{folder}/tokenizer.json is not the one that its config.json tells of; bring it back")
     if model.config.vqgan_hash != weights_hash(vqgan):
         raise UserError(f"{folder} was trained with another image tokenizer than the one in --out; "
                         "train it again, or bring back that image tokenizer")
+    if any(vars(model.config)[k] != v for k, v in vocab.config().items()) or vocab.size - vocab.image_start != vqgan.config.codebook_size:
+        raise UserError(f"{folder}/tokenizer.json is not the one that its config.json tells of; bring it back")
     return model, vocab
 
 

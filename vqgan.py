@@ -339,8 +339,9 @@ def image_stack(records, n, mask_share, channels, seed):
 def train(cfg):
     """Train the tokenizer and write out/vqgan."""
     device, autocast = init_run(cfg)
+    check_resume(cfg, "vqgan")                               # fail before the slow part, not at begin_stage
     data = open_data(cfg)
-    origin = {"other data": fingerprint(data["train"])}
+    origin = {"--data or data.py": fingerprint(data["train"])}
     check_resume(cfg, "vqgan", origin)
     config = VQGANConfig(cfg.image_size, cfg.channels, WIDTHS[cfg.preset], cfg.codebook_size, cfg.code_dim,
                          image_source(cfg))

@@ -150,8 +150,8 @@ def test_letters_that_are_not_utf_8_are_told(tmp_path, capsys):
 def test_the_same_rows_in_two_forms_are_read_once(tmp_path, capsys):
     folder = image_folder(tmp_path, [])
     (folder / "train/metadata.csv").write_text("file_name,text\ni0.png,Good 0.\n")
-    splits = read_folder(folder, 32, 1)
-    assert len(rows_of_names(splits)) == 5 and f"{folder}: 3 train, 1 val, 1 test" in capsys.readouterr().out
+    splits, said = read_folder(folder, 32, 1), capsys.readouterr().out
+    assert len(rows_of_names(splits)) == 5 and f"{folder}: 3 train, 1 val, 1 test" in said and "metadata.csv is passed over" in said
 
 
 def test_values_below_0_are_refused_and_not_shown_black(tmp_path):
@@ -165,10 +165,10 @@ def test_values_below_0_are_refused_and_not_shown_black(tmp_path):
 
 def test_a_patient_without_a_name_is_nobody(tmp_path):
     """NaN, as pandas writes what is missing; 7.0, " 7 " and 7 are one patient."""
-    ids = ["7", "7.0", '" 7 "', "NaN", "NaN"]
+    ids = ["7", "7.0", '" 7 "', '"1.2.0"', "NaN"]
     rows = [f'{{"file_name": "i{i}.png", "text": "T.", "patient_id": NaN, "subject_id": {ids[i]}}}' for i in range(5)]
     splits = read_folder(image_folder(tmp_path, rows), 32, 1)
-    assert {r.subject for r in rows_of_names(splits) if r.text == "T."} == {"7", "i3.png", "i4.png"}
+    assert {r.subject for r in rows_of_names(splits) if r.text == "T."} == {"7", "1.2.0", "i4.png"}
 
 
 def test_questions_and_answers_may_be_numbers_and_odd_ones_are_told(tmp_path, capsys):

@@ -805,6 +805,16 @@ def test_stage_begins_where_it_should(gpt, tmp_path, left, resume, step):
     assert (tmp_path / ".x.unfinished/state.safetensors").exists() == ("x.partial" in left and not resume)
 
 
+def test_the_first_unfinished_run_is_kept_until_one_is_done(gpt, tmp_path):
+    """With its log: whoever forgets --resume, and stops the new run as well, still has it."""
+    for step in (2000, 1):
+        save_state(tmp_path / "x.partial", step, [gpt], [])
+        (tmp_path / "x.partial.jsonl").write_text(f'{{"step": {step}}}\n')
+        begin_stage(stage_config(tmp_path, False), "x", [gpt], [])
+    kept = tmp_path / ".x.unfinished"
+    assert read_progress(kept)["step"] == 2000 and read_log(kept / "log.jsonl") == [{"step": 2000}]
+
+
 @pytest.mark.parametrize("make", [lambda path: (path.mkdir(), (path / "patient.dcm").write_text("mine")),
                                   lambda path: (path / "sub.json").mkdir(parents=True),
                                   lambda path: path.symlink_to(path.parent), lambda path: path.write_text("mine")],

@@ -17,7 +17,7 @@ from PIL import Image
 
 import sample
 from data import PHRASES, Finding, Phantoms, Record, phantom_spec
-from model import GPT, UserError
+from model import GPT, UserError, save_state
 from tests import captions
 from vqgan import VQGAN, stack, to_pixels
 
@@ -348,17 +348,16 @@ def test_a_model_of_other_steps_than_the_controls_is_named(monkeypatch, capsys):
     monkeypatch.setattr(sample, "read_progress", lambda folder: progress[folder.name])
     sample.warn_of_unlike(Path("out"), dict.fromkeys(progress))
     line, = capsys.readouterr().out.splitlines()
-    assert line.startswith("out/short and out/control were trained with other --steps, --seed")
+    assert line.startswith("out/short and out/control were trained with different --steps, --seed")
 
 
 def test_what_cannot_be_counted_and_what_may_have_been_seen_is_told(tmp_path, monkeypatch, capsys):
-    """One test record has no findings; --data is another than out/studies was made of, which is no matter of phantoms."""
+    """One test record has no findings; --data is another than out/sft was trained on, which is no matter of phantoms."""
     for name, found in {"load_reader": None, "encode_images": np.zeros((2, 4))}.items():
         monkeypatch.setattr(sample, name, lambda *a, found=found: found)
     records = [record(H), replace(record(), findings=None)]
     monkeypatch.setattr(sample, "open_data", lambda cfg: {"train": records, "test": records})
-    (tmp_path / "studies").mkdir()
-    (tmp_path / "studies/config.json").write_text('{"records": "others"}')
+    save_state(tmp_path / "sft", 1, [], [], origin={"--data or data.py": "others"})
     made = []
     for data in ("", "d"):
         cfg = sample.SampleConfig(out=str(tmp_path), data=data, n=2)

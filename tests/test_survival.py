@@ -17,7 +17,7 @@ import vqgan
 from conftest import figures_of
 from fuzz import GOOD, run_case
 from kill import differences
-from model import UserError, read_log, read_progress
+from model import Log, Stopped, UserError, read_log, read_progress, stop
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--preset", "tiny", "--dtype", "float32"]
@@ -62,7 +62,7 @@ def test_a_run_does_not_go_on_with_other_data(trained, monkeypatch):
     """Edited texts would bring another vocabulary under the weights of sft.py."""
     for module, name in ((vqgan, "vqgan"), (sft, "sft"), (dpo, "bidpo")):
         monkeypatch.setattr(module, "fingerprint", lambda records: "edited")
-        with pytest.raises(UserError, match=f"--resume: {trained}/{name} was started from other data; leave"):
+        with pytest.raises(UserError, match=f"--resume: {trained}/{name} was started from another --data or data.py; leave"):
             module.main([*TINY, "--out", str(trained), "--resume"])
 
 
@@ -86,6 +86,21 @@ def test_what_has_diverged_never_becomes_a_model(out, program, name):
         with pytest.raises(UserError, match=f"{name} diverged: its last step had no finite gradient"):
             program.main([*TINY, "--out", str(out), *flags, *resume])
     assert not (out / name).exists()
+
+
+def test_a_signal_does_not_save_what_has_diverged(out, monkeypatch):
+    """As the last step's gradient is not finite, there is no last step to go on from."""
+    shutil.rmtree(out / "sft")
+    monkeypatch.setattr(Log, "count", lambda self, step, norm, count=Log.count: (
+        os.kill(os.getpid(), signal.SIGINT) if step == 1 else None, count(self, step, norm)))
+    monkeypatch.setattr(sft, "take_step", lambda *args, **options: float("nan"))
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        with pytest.raises(Stopped):
+            sft.main([*TINY, "--out", str(out), "--steps", "2"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not (out / "sft.partial/state.safetensors").exists()
 
 
 def test_what_must_be_refused_is_refused_before_anything_is_trained(out):
