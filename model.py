@@ -62,6 +62,7 @@ class GPTConfig:
     image_token_start: int | None = None  # id of image code 0; ids below are text and specials
     vqgan_hash: str = ""                  # the vqgan (image tokenizer) that this model was trained with
     data: str = ""                        # what it was trained on: a folder, or "phantoms" and their bias
+    structures: str = ""                  # whose masks were there, with ", " between them
 
     def __post_init__(self):
         if not self.num_key_value_heads or self.num_attention_heads % self.num_key_value_heads:
@@ -910,7 +911,7 @@ def load_folder(folder, writer, expect):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; run `python {writer}` first, or name its --out")
-    with refuse(f"{folder} is no whole model folder", f"bring back what it lacks; if it was trained here, `python {writer}` trains it again"):
+    with refuse(f"{folder} is no whole model folder", f"bring back what it lacks; what was trained here `python {writer}` trains again"):
         config = json.loads((folder / "config.json").read_text())
         if (found := config.get(expect[0])) != expect[1]:
             raise UserError(f"{folder}/config.json says {expect[0]} {found!r}, and only {expect[1]!r} is read here: "

@@ -740,7 +740,10 @@ def answer_user(cfg):
             drawn = draw_images(model, vocab, vqgan, [" ".join(words)] * cfg.count, cfg.guidance, **options)
             tiles = [tile(x, 256) for x in drawn]
         elif command == "segment":
-            mask = draw_masks(model, vocab, vqgan, codes, [words[1].replace("_", " ")])[0]
+            structure, known = words[1].replace("_", " "), model.config.structures
+            if known and structure not in known.split(", "):
+                tqdm.write(f"{name} has learnt no masks of {structure!r}, only of {known}")
+            mask = draw_masks(model, vocab, vqgan, codes, [structure])[0]
             tiles = [Image.fromarray(pixels).convert("RGB").resize((256, 256)) for pixels in (images[0], mask)]
         elif command == "report":
             said = write_reports(model, vocab, codes, **options)

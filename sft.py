@@ -361,13 +361,13 @@ def train(cfg):
     check_resume(cfg, "sft", origin)
     studies = open_studies(cfg, data["train"], vqgan, autocast)
     model, vocab, adapter = loaded or new_model(cfg, vqgan, studies, device)
-    describe(model, vocab, vqgan, cfg)
     tasks = [t for t, share in shares_of(cfg).items() if share > 0]
     studies = studies.serving(tasks)
     val = encode_records(data["val"], range(min(cfg.val_records, len(data["val"]))), vqgan, cfg.seed, autocast)
     if not len(studies) or not any(t in tasks for s in val for t in s.tasks):
         raise UserError("no training record, or no validation record, serves a task whose share is above 0; raise "
                         "--report-share or another")
+    describe(model, vocab, vqgan, cfg, {name for r in getattr(data["train"], "rows", val) for name in dict(r.masks)})
 
     phrases, trained = lexicon(data["train"]), trained_parameters(model)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, cfg.weight_decay, autocast)
@@ -596,12 +596,12 @@ def new_model(cfg, vqgan, studies, device):
     return GPT(GPTConfig(vocab.size, **SHAPES[cfg.preset])).to(device), vocab, None
 
 
-def describe(model, vocab, vqgan, cfg):
-    """Write into the model's config what it is made for: its special tokens, longest sequence, image tokenizer, data."""
+def describe(model, vocab, vqgan, cfg, structures):
+    """Write into the model's config what it is made for: its special tokens, longest sequence, image tokenizer, data, masks."""
     longest = 2 * vqgan.config.grid ** 2 + 2 * MAX_TEXT      # no task needs more
     vars(model.config).update(
         **vocab.config(), max_position_embeddings=max(longest, model.config.max_position_embeddings),
-        vqgan_hash=weights_hash(vqgan), data=data_name(cfg))
+        vqgan_hash=weights_hash(vqgan), data=data_name(cfg), structures=", ".join(sorted(structures)))
 
 
 def main(argv=None):

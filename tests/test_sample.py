@@ -557,6 +557,13 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(out, image_file,
     assert (out / "segment.png").read_bytes() == before
 
 
+def test_a_structure_that_was_never_learnt_is_told(out, image_file, capsys):
+    for structure, told in (("left lung", False), ("left kidney", True)):
+        sample.main(["segment", str(image_file), structure, "--out", str(out)])
+        said = capsys.readouterr().out
+        assert ("no masks of 'left kidney', only of " in said and "left lung" in said) == told
+
+
 def test_an_image_that_cannot_be_read_is_named(out, tmp_path):
     (tmp_path / "notes.png").write_text("not an image")
     with pytest.raises(UserError, match="notes.png"):
