@@ -88,7 +88,8 @@ class DPOConfig(TuneConfig):
     strength: int = arg(500, "noise and region-noise: DDPM step, 1 to 1000", most=1000)
     rejected: tuple = arg(("distorted",), "what the SFT model is shown when it writes the rejected report, mixed evenly: the "
                           "distorted image; the genuine one (own: its own errors); that one scrambled, the report begun "
-                          "(habit); that one without the question", choices=("distorted", "own", "habit", "no-question"))
+                          "(habit); that one without the question. twin: the distorted image's own report in place of it",
+                          choices=("distorted", "own", "habit", "no-question", "twin"))
     pair_temperature: float = arg(1.0, "temperature of the SFT model's reports and masks")
     flip_pairs: float = arg(0.0, "share of pairs whose two reports or masks are compared the wrong way round, as in noisy data "
                             "(and logged in margins and accuracies); all other terms stay as they are", most=1)
@@ -431,8 +432,8 @@ def set_responses(pairs, cfg):
     """Set what this run takes of each pair: its wording, its rejected report and, for rndpo, two masks."""
     for i, pair in enumerate(pairs):
         pair.wording = int(np.random.default_rng([cfg.seed, 6, i]).integers(3))
-        pair.rejected = pair.reports[cfg.rejected[i % len(cfg.rejected)]]
         pair.twin_text = pair.twin_text or pair.reports["distorted"]
+        pair.rejected = {**pair.reports, "twin": pair.twin_text}[cfg.rejected[i % len(cfg.rejected)]]
         pair.masks = (pair.codes, pair.codes)       # placeholder without masks: equal, so pairs_that_count drops it
         if pair.structure:
             rng = np.random.default_rng([cfg.seed, 11, i])
@@ -798,8 +799,8 @@ def add_missing(pairs, cfg, records, phrases, model, vocab, vqgan, autocast):
     """Add to pairs what the objective needs and they lack: reports, entropy, masks; whether anything was added.
 
     Raises UserError where masks are needed and no record has any."""
-    writers = {*cfg.rejected, "distorted", *(("habit", "no-question") if cfg.objective == "napo" else ())} - pairs[0].reports.keys()
-    for writer in sorted(writers):
+    writers = {*cfg.rejected, "distorted", *(("habit", "no-question") if cfg.objective == "napo" else ())}
+    for writer in sorted(missing := writers - {"twin"} - pairs[0].reports.keys()):
         for pair, text in zip(pairs, sample_reports(pairs, writer, model, vocab, cfg, cfg.seed)):
             pair.reports[writer] = text
     if needs_entropy := cfg.curriculum in ("easy-first", "hard-first") and pairs[0].entropy is None:
@@ -809,7 +810,7 @@ def add_missing(pairs, cfg, records, phrases, model, vocab, vqgan, autocast):
         if not any(p.structure for p in pairs):
             raise UserError(f"--objective {cfg.objective} compares masks, and no training record has any: add "
                             "`masks` to the metadata, or take another objective")
-    return bool(writers) or needs_entropy or needs_masks
+    return bool(missing) or needs_entropy or needs_masks
 
 
 def load_or_build_pairs(cfg, records, studies, phrases, vqgan, model, vocab, autocast):

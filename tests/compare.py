@@ -34,7 +34,10 @@ TABLE = {"control": "--objective sft", "dpo": "--objective dpo", "bidpo": "", "m
 without = lambda *terms: " ".join(f"--{term.replace('_', '-')}-weight 0" for term in terms)
 # bidpo with fewer terms, and what the papers claim. On these pairs mdpo is mfpo without its curriculum; mask-dpo is rndpo
 # without its normalisation, at DPO's β.
-CLAIMS = {"bidpo-strict": without("text_given", "image_given", "answer", "answer_given", "anchor") + " --image-weight 1 --text-weight 1",
+STRICT = without("text_given", "image_given", "answer", "answer_given", "anchor") + " --image-weight 1 --text-weight 1"
+CLAIMS = {"bidpo-strict": STRICT,
+          "bidpo-strict-injected": STRICT + " --distort add --rejected twin",      # the true report with a finding put in
+          "bidpo-injected": "--distort add --rejected twin",
           "bidpo-reading": without("image", "image_given", "answer", "answer_given"),
           "bidpo-drawing": without("text", "text_given", "answer", "answer_given"),
           "bidpo-answering": without("text", "text_given", "image", "image_given"),
@@ -54,7 +57,8 @@ CLAIMS = {"bidpo-strict": without("text_given", "image_given", "answer", "answer
 RECIPES = TABLE | CLAIMS
 # What the claims compare with each other, not with the control: their paired differences are kept too.
 VERSUS = [pair.split() for pair in (
-    "bidpo-strict bidpo", "bidpo-reading bidpo", "bidpo-drawing bidpo", "bidpo-answering bidpo", "mfpo mdpo", "mfpo mdpo-shuffled",
+    "bidpo-strict bidpo", "bidpo-strict-injected bidpo-strict", "bidpo-injected bidpo", "bidpo-reading bidpo",
+    "bidpo-drawing bidpo", "bidpo-answering bidpo", "mfpo mdpo", "mfpo mdpo-shuffled",
     "mfpo mdpo-hard-first", "napo dpo", "napo dpo-biased", "napo napo-bce", "napo-agreeing napo-bce-agreeing",
     "mdpo-own-region-noise mdpo-own-crop", "mdpo-own-crop mdpo-own-noise", "mdpo-own-region-noise mdpo-own-noise",
     "mdpo-own-remove mdpo-own-region-noise", "dpo-flip30 dpo", "napo-flip30 napo", "napo-flip30 dpo-flip30",

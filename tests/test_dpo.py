@@ -518,6 +518,15 @@ def test_a_pair_counts_with_what_it_has():
             sided(pairs, config(objective))
 
 
+def test_the_rejected_report_is_what_rejected_names():
+    """In turn; the twin's own, or what the SFT model wrote of it where that has none."""
+    pairs = [dpo.Pair(i, "", "", np.zeros(4), np.ones(4), "Y.", twin, reports={"distorted": "D.", "own": "O."})
+             for i, twin in enumerate(["T.", ""])]
+    for flags, expected in ((["distorted"], ["D.", "D."]), (["own", "distorted"], ["O.", "D."]), (["twin"], ["T.", "D."])):
+        dpo.set_responses(pairs, config("dpo", "--rejected", *flags))
+        assert [p.rejected for p in pairs] == expected
+
+
 def test_wordings_differ_between_pairs_and_are_drawn_from_the_seed():
     def wordings(*flags):
         pairs = [p for _ in range(20) for p in make_pairs()]
@@ -640,7 +649,7 @@ def test_semantic_entropy_by_hand(monkeypatch):
 
 
 @pytest.mark.parametrize("objective, flags, added", [
-    ("bidpo", [], set()), ("sft", [], set()), ("dpo", ["--rejected", "own"], {"own"}),
+    ("bidpo", [], set()), ("sft", [], set()), ("dpo", ["--rejected", "own"], {"own"}), ("dpo", ["--rejected", "twin"], set()),
     ("napo", [], {"habit", "no-question"}), ("mfpo", [], {"entropy"}), ("rndpo", [], {"masks"})])
 def test_what_the_objective_needs_is_added_and_nothing_else(monkeypatch, objective, flags, added):
     done = set()
