@@ -255,8 +255,7 @@ def phantom_record(spec, size=64):
     """The whole record of a spec."""
     image, masks = draw(spec, size)
     name = f"{spec.split}/{spec.index}"
-    return Record(image, write_report(spec), name, spec.findings, masks, spec.modality,
-                  questions=ask_phantom(spec), subject=name, spec=spec)
+    return Record(image, write_report(spec), name, spec.findings, masks, spec.modality, "", ask_phantom(spec), name, spec)
 
 
 class Phantoms:
@@ -649,6 +648,8 @@ def read_mask(path, size, image):
         mask = open_image(path, 1)
         if abs(mask.width * image.height - mask.height * image.width) > max(*image.size, *mask.size):
             raise BadRow(f"{mask.width}x{mask.height} pixels, in another shape than its image's {image.width}x{image.height}")
+        if mask.getextrema()[1] <= 32 and len(mask.getcolors()) > 2:                # what an edge's gray values never are
+            raise BadRow("the labels of several structures; save each as a mask of its own")
     except BadRow as error:
         raise BadRow(f"mask {path.name}: {error}")
     half = mask.getextrema()[1] / 2
@@ -857,8 +858,7 @@ def fill_splits(splits, folder):
     for split in [name for name in ("test", "val") if not splits[name]]:
         subjects = sorted({r.subject for r in splits["train"]}, key=lambda s: (zlib.crc32(printable(s).encode()), s))
         if len(subjects) < 2:
-            raise UserError(f"--data {folder}: {len(subjects)} training subject(s) are too few to hold one "
-                            f"out as {split}; at least 3 images of different subjects are needed")
+            raise UserError(f"--data {folder}: {len(subjects)} training subject(s) are too few to hold one out as {split}; 3 are needed")
         held = set(subjects[:max(1, len(subjects) // 10)])
         splits[split] = [r for r in splits["train"] if r.subject in held]
         splits["train"] = [r for r in splits["train"] if r.subject not in held]

@@ -115,6 +115,13 @@ def test_a_mask_is_what_is_brighter_than_half_of_its_brightest(tmp_path, top, sh
     assert masks["half"][:20, 10:30].all() and not masks["half"][21:].any() and not masks["none"].any()
 
 
+def test_a_map_of_several_labels_is_no_mask(tmp_path):
+    """0, 1 and 2, as tools for labelling write them: the brightest alone would count."""
+    Image.fromarray(np.arange(3, dtype=np.uint8).repeat(300).reshape(30, 30)).save(tmp_path / "m.png")
+    with pytest.raises(BadRow, match="mask m.png: the labels of several structures"):
+        read_mask(tmp_path / "m.png", 32, Image.new("L", (30, 30)))
+
+
 def test_a_mask_of_the_size_its_image_had_before_it_was_scaled_down_fits(tmp_path):
     """64x78 is what becomes of 2048x2500: to a pixel of the image, not of the mask."""
     mask = picture(tmp_path / "m.png", 255, (2048, 2500))
