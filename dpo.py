@@ -648,7 +648,7 @@ def train(cfg):
                 **{f"drift/{k}": masked_mean(ratios[k].whole, counted[k]) for k in CHOSEN})
             log.warn(any(masked_mean(c.margin.abs(), c.keep) > 30 for c in contrasts.values()),
                      "margins are over 30: the model is far from its reference; lower --beta or the learning rates")
-        if ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stopping) and not log.in_a_row:
+        if log.is_due(step, cfg.save_every):
             save_state(folder, step + 1, [trained], optimizers, flags=run_flags(cfg), origin=origin)
         if log.stopping:
             log.close()                                      # raises Stopped

@@ -1139,31 +1139,37 @@ def copy_folder(source, target):
     put_in_place(new, target)
 
 
-def begin_stage(cfg, name, models, optimizers):
+def log_of(folder):
+    """The log of a stage's folder, beside it."""
+    return Path(f"{folder}.jsonl")
+
+
+def begin_stage(cfg, name, models, optimizers, origin=()):
     """Where a stage writes and where it starts: (unfinished folder, progress of the state resumed or {}).
 
-    A stage works in out/NAME.partial, with its log beside it, and renames both when they are whole (`finish_stage`)."""
+    A stage works in out/NAME.partial, with its log beside it, and renames both when they are whole (`finish_stage`). origin:
+    see check_resume."""
     final, partial = Path(cfg.out) / name, Path(cfg.out) / f"{name}.partial"
     for parameter in [p for model in models for p in model.parameters()] if processes() > 1 else ():
         dist.broadcast(parameter.data, 0)                  # all begin with the first process's weights
-    if source := check_resume(cfg, name):
+    if source := check_resume(cfg, name, origin):
         progress = load_state(source, models, optimizers)
         wait()
         if source == final:
             first_alone(copy_folder)(final, partial)
-        if process() == 0 and Path(f"{final}.jsonl").exists() and not (source == partial and Path(f"{partial}.jsonl").exists()):
-            shutil.copy(f"{final}.jsonl", f"{partial}.jsonl")
+        if process() == 0 and log_of(final).exists() and (source == final or not log_of(partial).exists()):
+            shutil.copy(log_of(final), log_of(partial))
         return partial, progress
     if cfg.resume:
         tqdm.write(f"{final}: no saved step to resume from, starting at 0")
     elif process() == 0 and (partial / "state.safetensors").exists():
         kept = partial.with_name(f".{name}.unfinished")
         if not kept.exists():                                # the first one was long at work, others were started over
-            if Path(f"{partial}.jsonl").exists():
-                os.replace(f"{partial}.jsonl", partial / "log.jsonl")
+            if log_of(partial).exists():
+                os.replace(log_of(partial), partial / "log.jsonl")
             os.replace(partial, kept)
         tqdm.write(f"starting over; till this run is done an unfinished one lies in {kept} (to go on with it rename it {partial}, its "
-                   f"log.jsonl {partial}.jsonl, and say --resume)")
+                   f"log.jsonl {log_of(partial)}, and say --resume)")
     first_alone(shutil.rmtree)(partial, ignore_errors=True)
     return partial, {}
 
@@ -1188,8 +1194,8 @@ def finish_stage(cfg, name):
                 path.unlink()
             else:
                 sync(path)                     # the slow part, before the older folder goes
-        if Path(f"{partial}.jsonl").exists():
-            put_in_place(Path(f"{partial}.jsonl"), f"{final}.jsonl")
+        if log_of(partial).exists():
+            put_in_place(log_of(partial), log_of(final))
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(final, old)
@@ -1240,6 +1246,10 @@ class Log:
             saved = self.path.with_suffix("")
             raise UserError(f"{self.title} diverged: no finite gradient in steps {step - 4} to {step}; start over with lower learning "
                             "rates" + f" (what was good last lies in {saved})" * saved.exists())
+
+    def is_due(self, step, every):
+        """Whether the state is saved after this step: after each `every` steps, the last, and for a signal; not if it has diverged."""
+        return ((step + 1) % every == 0 or step + 1 == self.bar.total or bool(self.stopping)) and not self.in_a_row
 
     def warn(self, sign, sentence):
         """Say once that a figure looks like trouble."""

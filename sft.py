@@ -356,8 +356,7 @@ def train(cfg):
     loaded = load_init(cfg, vqgan, device) if cfg.init else None       # what it refuses it refuses before the encoding
     data = open_data(cfg)
     origin = {"image tokenizer": weights_hash(vqgan), "--data or data.py": fingerprint(data["train"])}
-    if cfg.init:
-        origin["--init"] = folder_hash(cfg.init)
+    origin |= {"--init": folder_hash(cfg.init)} if cfg.init else {}
     check_resume(cfg, "sft", origin)
     studies = open_studies(cfg, data["train"], vqgan, autocast)
     model, vocab, adapter = loaded or new_model(cfg, vqgan, studies, device)
@@ -387,15 +386,14 @@ def train(cfg):
         if (step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps:
             with autocast():
                 held_out = validate(model, val, tasks, vocab, phrases)
-            score = held_out.get("val/f1", -held_out["val/loss"])
             log(step, ("loss", "val/loss", "val/f1"), loss=loss, grad_norm=grad_norm, **held_out)
-            if score >= best_score:                          # the folder keeps the best model, its state is the last
+            if (score := held_out.get("val/f1", -held_out["val/loss"])) >= best_score:      # the folder keeps the best model, its state is the last
                 best_score = score
                 save_tuned(folder, model, cfg, adapter)
             log.warn(len(val) > 1 and held_out.get("val/distinct_reports") == 1, "every report is the same; it may yet learn to look")
         elif step % cfg.log_every == 0:
             log(step, ("loss",), loss=loss, grad_norm=grad_norm, lr=optimizers[-1].param_groups[0]["lr"])
-        if ((step + 1) % cfg.val_every == 0 or step + 1 == cfg.steps or log.stopping) and not log.in_a_row:
+        if log.is_due(step, cfg.val_every):
             save_state(folder, step + 1, [trained], optimizers, best_score=best_score, flags=run_flags(cfg), origin=origin)
         if log.stopping:
             log.close()                                      # raises Stopped

@@ -342,14 +342,12 @@ def train(cfg):
     check_resume(cfg, "vqgan")                               # fail before the slow part, not at begin_stage
     data = open_data(cfg)
     origin = {"--data or data.py": fingerprint(data["train"])}
-    check_resume(cfg, "vqgan", origin)
-    config = VQGANConfig(cfg.image_size, cfg.channels, WIDTHS[cfg.preset], cfg.codebook_size, cfg.code_dim,
-                         image_source(cfg))
+    config = VQGANConfig(cfg.image_size, cfg.channels, WIDTHS[cfg.preset], cfg.codebook_size, cfg.code_dim, image_source(cfg))
     vqgan = VQGAN(config).to(device, memory_format=torch.channels_last)
     disc = PatchDiscriminator(cfg.channels).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vqgan.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0)
     d_optimizer = torch.optim.AdamW(disc.parameters(), lr=0.2 * cfg.lr, betas=(0.5, 0.9), weight_decay=0.0)
-    folder, progress = begin_stage(cfg, "vqgan", [vqgan, disc], [optimizer, d_optimizer])
+    folder, progress = begin_stage(cfg, "vqgan", [vqgan, disc], [optimizer, d_optimizer], origin)
     start = progress.get("step", 0)
     images = image_stack(data["train"], cfg.images, cfg.mask_share, cfg.channels, cfg.seed)
     val = to_pixels(image_stack(data["val"], 256, cfg.mask_share, cfg.channels, cfg.seed)).to(device)
@@ -367,8 +365,7 @@ def train(cfg):
             if adversary:
                 g_loss, matching = generator_losses(disc, x, x_rec)
                 d_weight = cfg.disc_weight * adaptive_weight(rec_loss, g_loss, vqgan.decoder.last.weight)
-            loss = rec_loss + codebook_loss + cfg.beta * commitment_loss \
-                + d_weight * g_loss + cfg.feature_weight * matching
+            loss = rec_loss + codebook_loss + cfg.beta * commitment_loss + d_weight * g_loss + cfg.feature_weight * matching
         # over processes gradients are summed, these losses are means; clipped, as one bad step can collapse the codes
         grad_norm = take_step(loss / processes(), vqgan.parameters(), [optimizer], clip=1.0)
         log.count(step, grad_norm)
@@ -391,7 +388,7 @@ def train(cfg):
             means = gather(torch.stack(list(figures.values())).detach()[None]).mean(dim=0)       # over all processes
             log(step, ("loss", "psnr", "val/psnr"), **dict(zip(figures, means)), lr=optimizer.param_groups[0]["lr"], **held_out)
             log.warn(step > 200 and held_out["codebook/usage"] < 0.1, "over nine tenths of the codes are unused; lower --lr")
-        if ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or log.stopping) and not log.in_a_row:
+        if log.is_due(step, cfg.save_every):
             save_state(folder, step + 1, [vqgan, disc], [optimizer, d_optimizer], flags=run_flags(cfg), origin=origin)
         if log.stopping:
             log.close()                                      # raises Stopped
