@@ -387,8 +387,8 @@ def train(cfg):
             with autocast():
                 held_out = validate(model, val, tasks, vocab, phrases)
             log(step, ("loss", "val/loss", "val/f1"), loss=loss, grad_norm=grad_norm, **held_out)
-            if (score := held_out.get("val/f1", -held_out["val/loss"])) >= best_score:      # the folder keeps the best model, its state is the last
-                best_score = score
+            if (score := held_out.get("val/f1", -held_out["val/loss"])) >= best_score:
+                best_score = score                           # the folder keeps the best model, its state is the last
                 save_tuned(folder, model, cfg, adapter)
             log.warn(len(val) > 1 and held_out.get("val/distinct_reports") == 1, "every report is the same; it may yet learn to look")
         elif step % cfg.log_every == 0:
