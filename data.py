@@ -648,7 +648,7 @@ def read_mask(path, size, image):
         mask = open_image(path, 1)
         if abs(mask.width * image.height - mask.height * image.width) > max(*image.size, *mask.size):
             raise BadRow(f"{mask.width}x{mask.height} pixels, in another shape than its image's {image.width}x{image.height}")
-        if mask.getextrema()[1] <= 32 and len(mask.getcolors()) > 2:                # what an edge's gray values never are
+        if mask.getextrema()[1] <= 32 and len(mask.getcolors()) > 2:                # labels 0, 1, 2; an edge has grays, and white
             raise BadRow("the labels of several structures; save each as a mask of its own")
     except BadRow as error:
         raise BadRow(f"mask {path.name}: {error}")
@@ -691,9 +691,9 @@ def row_record(row, root, size, channels):
         raise BadRow('masks must be {"structure": "file"}')
     masks = {printable(structure.replace("_", " ")): path_inside(root, file) for structure, file in masks.items()}
     ids = [row.get(k) for k in ("patient_id", "subject_id", "subject", "study_id")]
-    subject = next((re.sub(r"^(\d+)\.0$", r"\1", str(i).strip()) for i in ids if i not in (None, "") and i == i), "")    # pandas: NaN, 5.0
+    ids = [re.sub(r"^(\d+)\.0$", r"\1", str(i).strip()) for i in ids if i is not None and i == i]    # pandas makes 5 a 5.0, none a NaN
     record = Record(path, printable(" ".join(text.split())), row["file_name"], findings, masks, str(row.get("modality") or ""),
-                    str(row.get("body_part") or ""), questions, subject)
+                    str(row.get("body_part") or ""), questions, next(filter(None, ids), ""))
     read_pixels(record, size, channels)                # a file that cannot be read is refused here, not in training
     return record
 
@@ -735,7 +735,7 @@ def read_named(rows):
     if not isinstance(rows, list) or not all(map(is_named, rows)):
         raise BadRow('findings must be a list of {"name", "side"}, the side left, right, bilateral or null')
     names = [(printable(f["name"].replace("_", " ")), f.get("side") or "") for f in rows]
-    return tuple(Finding(*f) for f in names if not re.fullmatch("no findings?", f[0].strip(), re.I))       # a usual label
+    return tuple(Finding(*f) for f in names if not re.fullmatch("no findings?", f[0].strip(), re.I))       # this label names none
 
 
 def metadata_rows(path):

@@ -88,7 +88,7 @@ class DPOConfig(TuneConfig):
     strength: int = arg(500, "noise and region-noise: DDPM step, 1 to 1000", most=1000)
     rejected: tuple = arg(("distorted",), "what the SFT model is shown when it writes the rejected report, mixed evenly: the "
                           "distorted image; the genuine one (own: its own errors); that one scrambled, the report begun "
-                          "(habit); that one without the question. twin: the distorted image's own report in place of it",
+                          "(habit); that one without the question. twin: none of its reports but the distorted image's true one",
                           choices=("distorted", "own", "habit", "no-question", "twin"))
     pair_temperature: float = arg(1.0, "temperature of the SFT model's reports and masks")
     flip_pairs: float = arg(0.0, "share of pairs whose two reports or masks are compared the wrong way round, as in noisy data "

@@ -62,7 +62,7 @@ class GPTConfig:
     image_token_start: int | None = None  # id of image code 0; ids below are text and specials
     vqgan_hash: str = ""                  # the vqgan (image tokenizer) that this model was trained with
     data: str = ""                        # what it was trained on: a folder, or "phantoms" and their bias
-    structures: str = ""                  # whose masks were there, with ", " between them
+    structures: str = ""                  # those it was trained to draw the masks of, joined by ", "
 
     def __post_init__(self):
         if not self.num_key_value_heads or self.num_attention_heads % self.num_key_value_heads:
@@ -549,7 +549,7 @@ def fail(error):
 def arg(default, help, least=None, most=None, **options):
     """A dataclass field that `cli` turns into a flag with this line of help.
 
-    A number lies in least..most; unless told otherwise whole numbers in 1..10⁹, fractions in 0..10³⁰."""
+    A number lies in least..most, by default 1..10⁹ for whole numbers and 0..10³⁰ for fractions."""
     span = zip((least, most), (1, 10 ** 9) if type(default) is int else (0, 1e30))
     least, most = (usual if own is None else own for own, usual in span)
     return dataclasses.field(default=default, metadata={"help": help, "least": least, "most": most, **options})
@@ -631,7 +631,7 @@ def number_between(kind, least, most):
     """A parser of numbers for argparse, which names the flag before what is said here."""
     def parse(text):
         value = kind(text)
-        if not least <= value <= most:                     # so of nan too
+        if not least <= value <= most:                     # nan is refused too: it compares false
             raise argparse.ArgumentTypeError(f"{text} is no number from {least} to {most}")
         return value
     parse.__name__ = {int: "whole number", float: "number"}[kind]
@@ -911,7 +911,7 @@ def load_folder(folder, writer, expect):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; run `python {writer}` first, or name its --out")
-    with refuse(f"{folder} is no whole model folder", f"bring back what it lacks; what was trained here `python {writer}` trains again"):
+    with refuse(f"{folder} is no whole model folder", f"bring back what it lacks or, if trained here, train it anew: `python {writer}`"):
         config = json.loads((folder / "config.json").read_text())
         if (found := config.get(expect[0])) != expect[1]:
             raise UserError(f"{folder}/config.json says {expect[0]} {found!r}, and only {expect[1]!r} is read here: "
@@ -1097,8 +1097,8 @@ def load_state(folder, models, optimizers):
 
 
 def check_resume(cfg, name, origin=()):
-    """The folder whose saved state --resume goes on from, or None. Raises UserError if another run's flags made it, if what
-    it was started from is another now, origin {what: hash}, or if files of other hands would be replaced."""
+    """The folder whose saved state --resume goes on from, or None. Raises UserError if another run's flags made it, or if
+    what it was started from, origin {what: hash}, has changed; also without --resume, if check_own does."""
     check_own(cfg.out, name)
     final, partial = Path(cfg.out) / name, Path(cfg.out) / f"{name}.partial"
     source = next((f for f in (partial, final) if (f / "state.safetensors").exists()), None)
@@ -1164,18 +1164,19 @@ def begin_stage(cfg, name, models, optimizers, origin=()):
         tqdm.write(f"{final}: no saved step to resume from, starting at 0")
     elif process() == 0 and (partial / "state.safetensors").exists():
         kept = partial.with_name(f".{name}.unfinished")
-        if not kept.exists():                                # the first one was long at work, others were started over
+        if not kept.exists():                                # else the older one stays: it was likely the longer at work
             if log_of(partial).exists():
                 os.replace(log_of(partial), partial / "log.jsonl")
             os.replace(partial, kept)
-        tqdm.write(f"starting over; till this run is done an unfinished one lies in {kept} (to go on with it rename it {partial}, its "
-                   f"log.jsonl {log_of(partial)}, and say --resume)")
+        tqdm.write(f"starting over; until this run is done the first unfinished one lies in {kept} (to go on with it rename it {partial}, "
+                   f"its log.jsonl {log_of(partial)}, and say --resume)")
     first_alone(shutil.rmtree)(partial, ignore_errors=True)
     return partial, {}
 
 
 def read_log(path):
-    """The lines of a JSONL log as dicts; what is none, as a kill may leave the last, or what no plot could hold is left out."""
+    """The rows of a JSONL log, dicts of numbers. Left out: lines that are no such row, as a kill may leave the last, and rows with a
+    finite number over 1e300, too large for a plot's scale."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError):
@@ -1186,7 +1187,7 @@ def read_log(path):
 
 
 def finish_stage(cfg, name):
-    """Rename out/NAME.partial to out/NAME; an older out/NAME goes only when the new one is in place."""
+    """Rename out/NAME.partial and its log to out/NAME; an older out/NAME, and an unfinished run put aside, go only then."""
     final, partial, old = (Path(cfg.out) / folder for folder in (name, f"{name}.partial", f".{name}.old"))
     if process() == 0:
         for path in partial.iterdir():
@@ -1243,7 +1244,7 @@ class Log:
         self.in_a_row = 0 if math.isfinite(grad_norm) else self.in_a_row + 1
         self.skipped += self.in_a_row > 0
         if self.in_a_row == 5:
-            saved = self.path.with_suffix("")
+            saved = self.path.with_suffix("")              # the log is FOLDER.jsonl
             raise UserError(f"{self.title} diverged: no finite gradient in steps {step - 4} to {step}; start over with lower learning "
                             "rates" + f" (what was good last lies in {saved})" * saved.exists())
 

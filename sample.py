@@ -392,8 +392,8 @@ def find_models(out):
 
 
 def warn_of_unlike(out, loaded):
-    """Say which models of stage 2 do not compare: begun from another SFT model than out/sft now is, or on other data,
-    of other steps, batches, pairs or seed than the control."""
+    """Name the models of stage 2 that cannot be compared: their SFT model is not the one now in out/sft, or their data, steps,
+    batch size, pairs or seed are not the control's."""
     conditions = lambda p: {"--steps": p["step"], **p.get("origin", {}), "--batch-size": p["flags"]["batch_size"],
                             "--pairs": p["flags"]["pairs"], "--seed": p["flags"]["seed"]}
     now, tuned = weights_hash(loaded["sft"][0]) if "sft" in loaded else "", {}

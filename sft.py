@@ -82,7 +82,7 @@ INSTRUCTIONS = {"report": ("Write the report.", "Describe this image.", "What do
 SPECIALS = ("<eos>", "</image>", "<image>", "<bos>", "<pad>")       # eos, eoi, boi, bos, pad below; <eos> first: see text_range
 image_tokens = lambda n: [f"<img_{i}>" for i in range(n)]
 MAX_TEXT = 128         # tokens of a response or prompt in words; longer ones are cut
-MAX_LETTERS = 64 * MAX_TEXT                                         # what lies behind them is not even read
+MAX_LETTERS = 64 * MAX_TEXT                                         # a text's letters beyond these are ignored
 
 
 class Vocabulary:
@@ -102,7 +102,7 @@ class Vocabulary:
         self.has_cut = False
 
     def config(self):
-        """What the model's config.json tells of it."""
+        """The fields of the model's config.json that depend on this vocabulary."""
         return {"pad_token_id": self.pad, "bos_token_id": self.bos, "eos_token_id": self.eos, "image_token_start": self.image_start}
 
     @classmethod
@@ -366,7 +366,7 @@ def train(cfg):
     if not len(studies) or not any(t in tasks for s in val for t in s.tasks):
         raise UserError("no training record, or no validation record, serves a task whose share is above 0; raise "
                         "--report-share or another")
-    describe(model, vocab, vqgan, cfg, {name for r in getattr(data["train"], "rows", val) for name in dict(r.masks)})
+    describe(model, vocab, vqgan, cfg, getattr(data["train"], "rows", val))    # phantoms have no rows: held-out studies show what there is
 
     phrases, trained = lexicon(data["train"]), trained_parameters(model)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, cfg.weight_decay, autocast)
@@ -530,7 +530,7 @@ def load_gpt(folder, vqgan, device, model=None):
         raise UserError(f"{folder} was trained with another image tokenizer than the one in --out; "
                         "train it again, or bring back that image tokenizer")
     if any(vars(model.config)[k] != v for k, v in vocab.config().items()) or vocab.size - vocab.image_start != vqgan.config.codebook_size:
-        raise UserError(f"{folder}/tokenizer.json is not the one that its config.json tells of; bring it back")
+        raise UserError(f"{folder}/tokenizer.json is not the one that its config.json was written with; bring it back")
     return model, vocab
 
 
@@ -594,8 +594,10 @@ def new_model(cfg, vqgan, studies, device):
     return GPT(GPTConfig(vocab.size, **SHAPES[cfg.preset])).to(device), vocab, None
 
 
-def describe(model, vocab, vqgan, cfg, structures):
-    """Write into the model's config what it is made for: its special tokens, longest sequence, image tokenizer, data, masks."""
+def describe(model, vocab, vqgan, cfg, records):
+    """Write into the model's config what it is made for: its special tokens, longest sequence, image tokenizer, data, and the
+    structures whose masks the records or Studies have."""
+    structures = {name for r in records for name in dict(r.masks)}
     longest = 2 * vqgan.config.grid ** 2 + 2 * MAX_TEXT      # no task needs more
     vars(model.config).update(
         **vocab.config(), max_position_embeddings=max(longest, model.config.max_position_embeddings),
