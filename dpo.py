@@ -63,10 +63,10 @@ from tqdm import tqdm
 
 import sft as sft_stage
 from data import DISTORTIONS, Phantoms, add_noise, distort, fingerprint, lexicon, open_data, statement_of
-from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_own, check_resume, cli, config_for,
-                   finish_stage, gather, get_lr, init_run, make_optimizers, own, per_token_logps, process, read_json,
-                   read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out,
-                   sum_over_processes, take_step, train_mode, trained_parameters, weights_hash, write_tensors)
+from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, built_ahead, check_own, check_resume,
+                   cli, config_for, finish_stage, gather, get_lr, init_run, make_optimizers, own, per_token_logps, process, read_json,
+                   read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out, sum_over_processes,
+                   take_step, to_device, train_mode, trained_parameters, weights_hash, write_tensors)
 from sft import (INSTRUCTIONS, check_data, collate, dice, draw_masks, load_gpt, load_vqgan, make_example, open_studies, pick_task,
                  response_loss, sample_words, warn_of_other_data)
 from vqgan import encode_images
@@ -486,7 +486,7 @@ def pair_example(pair, sequence, vocab):
     return vocab.segment_prompt(shown, pair.structure, pair.wording), vocab.image_response(response)
 
 
-def pair_batch(pairs, indices, sequences, vocab, device):
+def pair_batch(pairs, indices, sequences, vocab):
     """ids and labels (S, B, T) of S kinds of sequences of B pairs, all of them, whether a contrast counts them or not; and
     the families of these S·B rows, those that show the same image or report, for per_token_logps."""
     examples, families = [], {}
@@ -495,7 +495,7 @@ def pair_batch(pairs, indices, sequences, vocab, device):
             shown = SEQUENCES[sequence](pairs[i])[1]
             families.setdefault((i, id(shown)), []).append(len(examples))       # id: one object, as arrays have no hash
             examples.append(pair_example(pairs[i], sequence, vocab))
-    ids, labels = collate(examples, vocab.pad, device)
+    ids, labels = collate(examples, vocab.pad)
     return ids.unflatten(0, (len(sequences), -1)), labels.unflatten(0, (len(sequences), -1)), list(families.values())
 
 
@@ -504,13 +504,13 @@ def sum_logps(model, ids, labels, families, sequences):
     logps = per_token_logps(model, ids.flatten(0, 1), labels.flatten(0, 1), families=families)
     logps = logps.unflatten(0, ids.shape[:2])                                                         # (S, B, T-1)
     ids, counted = ids[..., 1:], labels[..., 1:] != -100
-    result = {}
+    omega = counted.clone()
     for i, sequence in enumerate(sequences):
-        omega, other = counted[i], COMPARED_WITH.get(sequence)
-        if other in sequences:
-            omega = omega & (ids[i] != ids[sequences.index(other)])           # their prompts are equal: codes align
-        result[sequence] = Sums(logps[i].sum(-1), counted[i].sum(-1), (logps[i] * omega).sum(-1), omega.sum(-1))
-    return result
+        if (other := COMPARED_WITH.get(sequence)) in sequences:
+            omega[i] &= ids[i] != ids[sequences.index(other)]                 # their prompts are equal: codes align
+    counted, omega = (to_device(x, model.device) for x in (counted, omega))
+    sums = logps.sum(-1), counted.sum(-1), (logps * omega).sum(-1), omega.sum(-1)                     # each (S, B)
+    return {sequence: Sums(*rows) for sequence, *rows in zip(sequences, *sums)}
 
 
 @torch.no_grad()
@@ -519,7 +519,7 @@ def sum_reference_logps(model, pairs, sequences, vocab, cfg, autocast):
     def score(start):
         indices = range(start, min(start + cfg.batch_size, len(pairs)))
         with autocast():
-            sums = sum_logps(model, *pair_batch(pairs, indices, sequences, vocab, model.device), sequences)
+            sums = sum_logps(model, *pair_batch(pairs, indices, sequences, vocab), sequences)
         return torch.stack([torch.stack(sums[s]) for s in sequences]).cpu()                           # (S, 4, B)
     table = torch.cat(share_out(score, range(0, len(pairs), cfg.batch_size), "reference"), dim=-1).to(model.device)   # (S, 4, n)
     return {s: Sums(*rows) for s, rows in zip(sequences, table)}
@@ -537,12 +537,12 @@ def log_ratios(policy_sums, reference_sums, indices):
 REHEARSAL = {"report": 0.0, "generate": 0.25, "ask": 0.45, "segment": 0.30}     # shares; generate from an emptied prompt
 
 
-def rehearsal_batch(studies, cfg, vocab, step, device):
+def rehearsal_batch(studies, cfg, vocab, step):
     """ids and labels of questions, masks and emptied prompts from the training studies."""
     rng = np.random.default_rng([cfg.seed, 7, step])
     studies = [studies[i] for i in batch_indices(len(studies), cfg.rehearsal_size, step, cfg.seed)]
     examples = [make_example(s, pick_task(s, REHEARSAL, rng), vocab, rng, empty_share=1.0) for s in studies]
-    return collate(own(examples), vocab.pad, device)
+    return collate(own(examples), vocab.pad)
 
 
 def pick_pairs(pairs, cfg, step):
@@ -624,13 +624,19 @@ def train(cfg):
     folder, progress = begin_stage(cfg, name, [trained], optimizers)
     start = progress.get("step", 0)
     log = Log(f"{folder}.jsonl", name, cfg.steps, start)
-    for step in range(start, cfg.steps):
+
+    def build(step):
+        """What a step reads: indices of its pairs, their sequences, and the rehearsal; with several processes, this one's slice."""
+        indices = torch.from_numpy(pick_pairs(pairs, cfg, step))
+        return indices, pair_batch(pairs, own(indices).tolist(), sequences, vocab), rehearsal_batch(studies, cfg, vocab, step)
+
+    for step, (indices, batch, rehearsal) in built_ahead(build, start, cfg.steps):
         set_lr(optimizers, get_lr(*schedule(cfg, step), warmup=20))
         torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike
-        indices = torch.as_tensor(pick_pairs(pairs, cfg, step), device=device)
+        indices = to_device(indices, device)
         with autocast():
-            policy_sums = sum_logps(model, *pair_batch(pairs, own(indices).tolist(), sequences, vocab, device), sequences)
-            rehearsal = response_loss(model, *rehearsal_batch(studies, cfg, vocab, step, device))
+            policy_sums = sum_logps(model, *batch, sequences)
+            rehearsal = response_loss(model, *rehearsal)
         policy_sums = {k: Sums(*gather(torch.stack(sums, dim=1)).unbind(1)) for k, sums in policy_sums.items()}
         ratios = log_ratios(policy_sums, reference_sums, indices)
         counted = {k: v[indices] for k, v in keep.items()}
@@ -675,7 +681,7 @@ def key_region(record, model, vocab, vqgan, autocast):
     response = vocab.text_response(record.text)
     examples = [(vocab.report_prompt(c), response) for c in (codes, *hidden)]
     with autocast():
-        logps = sequence_logps(model, *collate(examples, vocab.pad, model.device))
+        logps = sequence_logps(model, *collate(examples, vocab.pad))
     cost = (logps[0] - logps[1:]).cpu().numpy()
     return np.isin(blocks(h, w), np.flatnonzero(cost >= cost.max() / 2)) if cost.max() > 0 else None
 

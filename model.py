@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partialmethod, wraps
@@ -254,6 +255,11 @@ class GPT(nn.Module):
         return load_weights(lambda: cls(config), tensors, folder).to(device)
 
 
+def to_device(x, device):
+    """A tensor on a device. To a GPU it goes by pinned memory, and neither waits for the other."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
 MOST_LOGITS = 2 ** 25       # held at once (128 MB); of more, pieces are computed again in the backward pass
 
 
@@ -271,7 +277,7 @@ def join(families, device):
 
     An image is most of a sequence, and a pair asks much of the same image: read once, it costs once (for DPO
     arXiv:2410.20305). families: lists of rows, a row a list of ids. Returns ids and positions (F, S) and a mask (F, 1, S, S)
-    for Backbone; and for each row, family after family: its family (B,) and its tokens' places (B, T)."""
+    for Backbone, on the device; on the CPU for each row, family after family: its family (B,) and its tokens' places (B, T)."""
     joined, family, places = [], [], []
     for f, rows in enumerate(families):
         shared = len(os.path.commonprefix(rows))
@@ -285,53 +291,54 @@ def join(families, device):
             branch += [number] * len(rest)
         joined.append((ids, positions, branch))
     size = lambda lists: -(-max(map(len, lists)) // 8) * 8                # rounded up to 8s: each length needs kernels of its own
-    fill = lambda lists: torch.tensor([[*row, *[0] * (size(lists) - len(row))] for row in lists], device=device)
-    ids, positions, branch = map(fill, zip(*joined))
+    fill = lambda lists: torch.tensor([[*row, *[0] * (size(lists) - len(row))] for row in lists])
+    ids, positions, branch = to_device(torch.stack([fill(lists) for lists in zip(*joined)]), device)
     others = (branch[:, None] != branch[:, :, None]) & (branch[:, None] != 0)      # (F, query, key): key in another's rest
     mask = causal_mask(ids.size(1), device).masked_fill(others, float("-inf"))
-    return ids, positions, mask[:, None], torch.tensor(family, device=device), fill(places)
+    return ids, positions, mask[:, None], torch.tensor(family), fill(places)
 
 
-def response_logps(model, ids, labels, joined=None):
-    """Log-probabilities (n,) of the n response tokens (label not -100) of ids (B, T), and rows b, positions t that predict them.
-
-    joined: what `join` made of the rows of ids, if it is to be read in their place."""
-    b, t = (labels[:, 1:] != -100).nonzero(as_tuple=True)          # position t predicts token t + 1
-    if joined is None:
-        h = model.model(ids)[b, t]                                  # (n, hidden_size)
-    else:
-        *inputs, family, places = joined
-        h = model.model(*inputs)[family[b], places[b, t]]
-    targets, n = labels[b, t + 1], max(1, MOST_LOGITS // model.config.vocab_size // 128) * 128
+def response_logps(model, inputs, rows, places, targets):
+    """Log-probabilities (n,) of n tokens: targets[i] is predicted at places[i] of rows[i] of what Backbone reads, `inputs`."""
+    h = model.model(*inputs)[rows, places]                          # (n, hidden_size)
+    n = max(1, MOST_LOGITS // model.config.vocab_size // 128) * 128
     if len(h) <= n:
-        return token_logps(model, h, targets), b, t
-    pieces = [checkpoint(token_logps, model, *p, use_reentrant=False) for p in zip(h.split(n), targets.split(n))]
-    return torch.cat(pieces), b, t
+        return token_logps(model, h, targets)
+    return torch.cat([checkpoint(token_logps, model, *p, use_reentrant=False) for p in zip(h.split(n), targets.split(n))])
 
 
 def per_token_logps(model, ids, labels, rows=None, families=None):
     """Log-probability of each response token, in nats, given everything before it.
 
-    ids (B, T); labels (B, T): the ids again inside the response, -100 elsewhere. The shift by one
+    ids (B, T); labels (B, T): the ids again inside the response, -100 elsewhere; both best on the CPU, as what is picked
+    is worked out there, so that a GPU is never waited for. The shift by one
     happens here. Returns (B, T-1) float32, 0 outside the response; its sum over dim 1 is the sequence
     log-probability. Uniform logits give -log(V) a token. Only response positions pass the output
     head: with short answers after long prompts that saves most of its cost.
     Rows of like length go through the model together, `rows` at a time, cut to about their length: else a third would be
     padding. By default 16, which fits a CPU's cache, on a GPU 64.
     families: lists of rows that begin alike, each row in one; each goes through as one (`join`) and counts as one of `rows`."""
-    rows = rows or (64 if ids.is_cuda else 16)
-    logps = torch.zeros(len(ids), ids.size(1) - 1, device=ids.device)
+    ids, labels, device = ids.cpu(), labels.cpu(), model.device
+    rows = rows or (64 if device.type == "cuda" else 16)
+    logps = torch.zeros(len(ids), ids.size(1) - 1, device=device)
     lengths = (ids.size(1) - (labels.flip(1) != -100).int().argmax(dim=1)).tolist()        # up to the last response token
-    lists = ids.tolist() if families else ()                        # of all rows at once: each copy makes a GPU wait
+    lists = ids.tolist() if families else ()
     units = sorted(families or [[i] for i in range(len(ids))], key=lambda unit: sum(lengths[i] for i in unit))
     for start in range(0, len(units), rows):
         group = units[start:start + rows]
         part = [i for unit in group for i in unit]
         end = min(-(-max(lengths[i] for i in part) // 8) * 8, ids.size(1))
-        joined = join([[lists[i][:lengths[i]] for i in unit] for unit in group], ids.device) if families else None
-        inputs = model, ids[part, :end], labels[part, :end], joined
-        found, b, t = checkpoint(response_logps, *inputs, use_reentrant=False) if model.recompute else response_logps(*inputs)
-        logps = logps.index_put((torch.tensor(part, device=ids.device)[b], t), found)
+        b, t = (labels[part, 1:end] != -100).nonzero(as_tuple=True)           # position t predicts token t + 1
+        row, targets = torch.tensor(part)[b], labels[part][b, t + 1]
+        if families:
+            *inputs, family, places = join([[lists[i][:lengths[i]] for i in unit] for unit in group], device)
+            picked = family[b], places[b, t], targets
+        else:
+            inputs, picked = [to_device(ids[part, :end], device)], (b, t, targets)
+        row, t, *picked = to_device(torch.stack([row, t, *picked]), device)
+        args = model, inputs, *picked
+        found = checkpoint(response_logps, *args, use_reentrant=False) if model.recompute else response_logps(*args)
+        logps = logps.index_put((row, t), found)
     return logps
 
 
@@ -893,6 +900,16 @@ def batch_indices(n, batch_size, step, seed):
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     order = {e: np.random.default_rng([seed, int(e)]).permutation(n) for e in np.unique(positions // n)}
     return np.array([order[p // n][p % n] for p in positions])
+
+
+def built_ahead(build, start, steps):
+    """(step, build(step)) for each step of a loop; the next is built in a thread meanwhile, so that a GPU need not wait for it."""
+    with ThreadPoolExecutor(1) as pool:
+        batch = build(start) if start < steps else None
+        for step in range(start, steps):
+            coming = pool.submit(build, step + 1) if step + 1 < steps else None
+            yield step, batch
+            batch = coming and coming.result()
 
 
 # ---- Folders of models on disk -------------------------------------------------------------------

@@ -41,7 +41,7 @@ from data import (BODY_PHRASES, COMPANIONS, MODALITIES, MODALITY_PHRASES, Findin
                   fingerprint, lexicon, match_findings, names_and_sides, open_data, read_findings, read_image,
                   read_term)
 from model import (RunConfig, UserError, arg, batch_indices, cli, get_lr, init_run, load_folder, load_weights, put_in_place, read_json,
-                   read_log, read_metadata, read_progress, read_tensors, refuse, run, save_folder, set_lr, take_step, weights_hash,
+                   read_log, read_metadata, read_progress, read_tensors, refuse, run, save_folder, set_lr, take_step, to_device, weights_hash,
                    write_tensors, write_text)
 from dpo import BOTH_WAYS, read_pairs
 from sft import check_data, dice, draw_images, draw_masks, load_gpt, warn_of_other_data, write_answers, write_reports
@@ -332,12 +332,12 @@ def train_reader(records, folder, recipe, cfg, device, autocast):
     for step in tqdm(range(cfg.reader_steps), desc="finding reader", unit="step", leave=False):
         set_lr([optimizer], get_lr(step, cfg.reader_steps, warmup=20))
         i = batch_indices(len(images), 64, step, cfg.seed)
-        x = to_pixels(images[i]).to(device)
+        x = to_pixels(to_device(images[i], device))
         # soft and noisy images too: reconstructions and drawings are, and what they show still counts
         soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
         x = torch.lerp(x, soft, float(rng.uniform(0, 1.2))) + float(rng.uniform(0, 0.15)) * torch.randn_like(x)
         with autocast():
-            loss = F.binary_cross_entropy_with_logits(reader(x)[0].float(), targets[i].to(device))
+            loss = F.binary_cross_entropy_with_logits(reader(x)[0].float(), to_device(targets[i], device))
         take_step(loss, reader.parameters(), [optimizer])
     save_folder(folder, {"kind": "reader", "labels": labels, **recipe}, reader.state_dict())
 

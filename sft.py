@@ -32,11 +32,11 @@ from tqdm import tqdm
 
 import vqgan as vqgan_stage
 from data import Finding, fingerprint, image_source, lexicon, match_findings, open_data, printable, read_findings
-from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, check_own,
-                   check_resume, copy_folder, cli, config_for, finish_stage, first_alone, folder_hash, gather, generate, get_lr, init_run,
-                   make_optimizers, own, process, processes, read_json, read_progress, read_tensors, refuse, run, run_flags, save_state,
-                   save_tuned, sequence_logps, set_lr, take_step, train_mode, trained_parameters, wait, weights_hash,
-                   write_tensors, write_text)
+from model import (GPT, GPTConfig, Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, built_ahead,
+                   check_own, check_resume, copy_folder, cli, config_for, finish_stage, first_alone, folder_hash, gather, generate,
+                   get_lr, init_run, make_optimizers, own, process, processes, read_json, read_progress, read_tensors, refuse, run,
+                   run_flags, save_state, save_tuned, sequence_logps, set_lr, take_step, to_device, train_mode, trained_parameters,
+                   wait, weights_hash, write_tensors, write_text)
 from vqgan import VQGAN, encode_images
 
 
@@ -280,15 +280,15 @@ def make_example(study, task, vocab, rng, empty_share=0.0):
     return vocab.segment_prompt(study.codes, structure, wording), vocab.image_response(mask)
 
 
-def collate(examples, pad, device="cpu"):
+def collate(examples, pad):
     """(prompt, response) pairs to ids and labels, each (B, T): labels are -100 outside the response.
 
     With pad 0, ([1, 7], [9, 4]) and ([1], [5]) give ids [[1, 7, 9, 4], [1, 5, 0, 0]] and labels
     [[-100, -100, 9, 4], [-100, 5, -100, -100]]."""
     ids = [torch.tensor([*prompt, *response]) for prompt, response in examples]
     labels = [torch.tensor([-100] * len(prompt) + [*response]) for prompt, response in examples]
-    return (pad_sequence(ids, batch_first=True, padding_value=pad).to(device),
-            pad_sequence(labels, batch_first=True, padding_value=-100).to(device))
+    return (pad_sequence(ids, batch_first=True, padding_value=pad),
+            pad_sequence(labels, batch_first=True, padding_value=-100))
 
 
 def pick_task(study, shares, rng):
@@ -302,21 +302,21 @@ def shares_of(cfg):
     return {task: getattr(cfg, f"{task}_share") for task in TASKS}
 
 
-def make_batch(studies, cfg, vocab, step, device):
+def make_batch(studies, cfg, vocab, step):
     """The batch of a step: ids and labels (B, T), drawn from (seed, step) alone, so a resumed run sees the same.
 
     With several processes B is this one's slice."""
     rng = np.random.default_rng([cfg.seed, 3, step])
     chosen = [studies[i] for i in batch_indices(len(studies), cfg.batch_size, step, cfg.seed)]
     examples = [make_example(s, pick_task(s, shares_of(cfg), rng), vocab, rng, cfg.empty_share) for s in chosen]
-    return collate(own(examples), vocab.pad, device)
+    return collate(own(examples), vocab.pad)
 
 
 # ---- The lesson: training ------------------------------------------------------------------------
 
 def response_loss(model, ids, labels):
     """Mean negative log-probability of the response tokens, in nats a token; with several processes of all their rows."""
-    counted = (labels[:, 1:] != -100).sum(dim=1)
+    counted = to_device((labels[:, 1:] != -100).sum(dim=1), model.device)
     return -gather(sequence_logps(model, ids, labels)).sum() / gather(counted).sum()
 
 
@@ -328,7 +328,7 @@ def validate(model, studies, tasks, vocab, phrases):
     for task in tasks:
         examples = [make_example(s, task, vocab, rng) for s in studies if task in s.tasks]
         if examples:
-            result[f"val/loss_{task}"] = response_loss(model, *collate(examples, vocab.pad, model.device)).item()
+            result[f"val/loss_{task}"] = response_loss(model, *collate(examples, vocab.pad)).item()
     result["val/loss"] = sum(result.values()) / len(result)
     known = [s for s in studies if s.findings is not None and "report" in s.tasks and "report" in tasks]
     if known and phrases:
@@ -374,10 +374,9 @@ def train(cfg):
     folder, progress = begin_stage(cfg, "sft", [trained], optimizers)
     start, best_score = progress.get("step", 0), progress.get("best_score", -float("inf"))
     log = Log(f"{folder}.jsonl", "sft", cfg.steps, start)
-    for step in range(start, cfg.steps):
+    for step, (ids, labels) in built_ahead(lambda step: make_batch(studies, cfg, vocab, step), start, cfg.steps):
         set_lr(optimizers, get_lr(step, cfg.steps, warmup=40))
         torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike
-        ids, labels = make_batch(studies, cfg, vocab, step, device)    # with several processes, this one's slice
         with autocast():
             loss = response_loss(model, ids, labels)
         grad_norm = take_step(loss, trained, optimizers, clip=1.0)

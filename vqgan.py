@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data import fingerprint, image_source, open_data
 from model import (Log, RunConfig, UserError, arg, batch_indices, begin_stage, check_resume, cli, finish_stage, gather, get_lr,
                    init_run, load_folder, load_weights, make_config, own, processes, run, run_flags, save_folder, save_state, set_lr,
-                   sum_over_processes, take_step)
+                   sum_over_processes, take_step, to_device)
 
 
 @dataclass
@@ -354,7 +354,7 @@ def train(cfg):
     log = Log(f"{folder}.jsonl", "vqgan", cfg.steps, start)
     for step in range(start, cfg.steps):
         set_lr([optimizer, d_optimizer], get_lr(step, cfg.steps, warmup=40))
-        x = images[own(batch_indices(len(images), cfg.batch_size, step, cfg.seed))].to(device)      # bytes, a quarter of floats
+        x = to_device(images[own(batch_indices(len(images), cfg.batch_size, step, cfg.seed))], device)    # bytes, a quarter of floats
         x = to_pixels(x).contiguous(memory_format=torch.channels_last)
         adversary = step >= cfg.disc_start and cfg.disc_weight > 0
 

@@ -74,7 +74,7 @@ def a_batch(n=64):
     vocab = Vocabulary.train([r.text for r in records] * 9, 512)
     studies = [Study(rng.integers(512, size=64), r.text, r.questions, (("heart", rng.integers(512, size=64)),), None)
                for r in records]
-    return make_batch(studies, SFTConfig(batch_size=n), vocab, 0, DEVICE)
+    return make_batch(studies, SFTConfig(batch_size=n), vocab, 0)
 
 
 def a_batch_of_pairs(n=16):
@@ -83,7 +83,7 @@ def a_batch_of_pairs(n=16):
     vocab = Vocabulary.train([r.text for r in records] * 9, 512)
     codes = rng.integers(512, size=(n, 64))
     examples = [(vocab.report_prompt(codes[i]), vocab.text_response(records[i + k].text)) for k in (0, 1) for i in range(n)]
-    ids, labels = collate(examples, vocab.pad, DEVICE)
+    ids, labels = collate(examples, vocab.pad)
     return ids.unflatten(0, (2, n)), labels.unflatten(0, (2, n))
 
 
@@ -122,6 +122,7 @@ def stage1(autocast):
     work = both(step_of, gpt, real)
     if peer:
         optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-3)
+        ids, labels = ids.to(DEVICE), labels.to(DEVICE)
 
         def theirs():
             with autocast():

@@ -175,7 +175,7 @@ def cost_of_hiding(model, vocab, codes, noise, before, sentence, autocast):
     response = vocab.encode_text(" " * bool(before) + sentence)
     examples = [(vocab.report_prompt(c) + vocab.encode_text(before), response) for c in (codes, *hidden)]
     with autocast():
-        logps = sequence_logps(model, *sft.collate(examples, vocab.pad, model.device)).cpu().numpy()
+        logps = sequence_logps(model, *sft.collate(examples, vocab.pad)).cpu().numpy()
     cost, count = np.zeros(side * side), np.zeros(side * side)
     for w, logp in zip(windows, logps[1:]):
         cost[w] += logps[0] - logp

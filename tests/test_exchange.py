@@ -341,10 +341,10 @@ def test_stage_two_with_lora_stops_and_goes_on(trained, tmp_path, monkeypatch):
 
     real = dpo.rehearsal_batch
 
-    def stop(studies, cfg, vocab, step, device):
+    def stop(studies, cfg, vocab, step):
         if step == 3:
             raise Stop
-        return real(studies, cfg, vocab, step, device)
+        return real(studies, cfg, vocab, step)
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(dpo, "rehearsal_batch", stop)
         dpo.main([*flags, str(broken)])

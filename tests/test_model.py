@@ -607,7 +607,7 @@ ALIKE = [[[7, 8, 9, 1, 2], [7, 8, 9, 1, 3, 4], [7, 8, 9, 5]], [[3, 4]], [[6, 5, 
 
 def test_rows_that_begin_alike_are_joined():
     """What they share once, then the rests, each at its own positions and seeing itself and what is shared."""
-    ids, positions, mask, family, places = model.join(ALIKE, "cpu")
+    ids, positions, mask, family, places = model.join(ALIKE, torch.device("cpu"))
     joined = [[7, 8, 9, 1, 2, 1, 3, 4, 5], [3, 4], [6, 5, 4], [1, 2, 3, 4, 5]]
     assert ids.tolist() == [row + [0] * (16 - len(row)) for row in joined]
     assert family.tolist() == [0, 0, 0, 1, 2, 2, 3, 3]

@@ -356,7 +356,7 @@ def test_tasks_follow_their_shares_and_the_record():
 
 def test_a_batch_is_a_function_of_seed_and_step():
     cfg = config()
-    batch = lambda step: make_batch([STUDY], cfg, VOCAB, step, "cpu")[0]
+    batch = lambda step: make_batch([STUDY], cfg, VOCAB, step)[0]
     assert len(batch(3)) == cfg.batch_size
     assert torch.equal(batch(3), batch(3)) and not torch.equal(batch(3)[:, :8], batch(4)[:, :8])
 
@@ -386,7 +386,7 @@ def test_loss_is_the_mean_over_tokens_not_over_sequences(model):
 
 
 def test_one_batch_overfits(model):
-    ids, labels = make_batch([STUDY], config(), VOCAB, 0, "cpu")
+    ids, labels = make_batch([STUDY], config(), VOCAB, 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     start = response_loss(model, ids, labels).item()
     for _ in range(50):
