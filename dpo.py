@@ -460,12 +460,15 @@ def pairs_that_count(pairs, cfg, phrases):
     keep = count(contrasts_of(cfg))
     flipped = np.random.default_rng([cfg.seed, 12]).random(len(pairs)) < cfg.flip_pairs
     shown = ", ".join(f"{name} {int(v.sum())}" for name, v in keep.items())
-    needed = [v.any() for name, v in keep.items() if name.startswith("answer") != any(map(has_report, pairs))]
+    any_report = any(map(has_report, pairs))
+    needed = [v.any() for name, v in keep.items() if name.startswith("answer") != any_report]
     if keep and not (needed and all(needed)):
+        way_out = "none has a report: take --objective bidpo or sft"
+        if any_report:
+            way_out = ("try another --rejected or --distort, a --pair-temperature above 0, or --keep-agreeing"
+                       + ", or name `findings` in the metadata" * (not phrases))
         raise UserError(f"--objective {cfg.objective} finds no usable preference pair: of {len(pairs)}, chosen and rejected "
-                        f"differ in: {shown}; " + ("none has a report: take --objective bidpo or sft" if not any(map(has_report, pairs))
-                        else "try another --rejected or --distort, a --pair-temperature above 0, or --keep-agreeing"
-                        + ", or name `findings` in the metadata" * (not phrases)))
+                        f"differ in: {shown}; {way_out}")
     if keep:
         tqdm.write(f"of {len(pairs)} pairs chosen and rejected differ in: {shown}")
     return count(chosen_of(cfg)) | {name: np.where(flipped & (name in ("text", "language", "vision", "mask")), -v, v)
