@@ -51,7 +51,7 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,9 +64,9 @@ from tqdm import tqdm
 import sft as sft_stage
 from data import DISTORTIONS, Phantoms, add_noise, distort, fingerprint, lexicon, open_data, statement_of
 from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, built_ahead, check_own, check_resume,
-                   cli, config_for, finish_stage, gather, get_lr, init_run, make_optimizers, own, per_token_logps, process, read_json,
-                   read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out, sum_over_processes,
-                   take_step, to_device, train_mode, trained_parameters, weights_hash, write_tensors)
+                   cli, config_for, finish_stage, gather, get_lr, group_rows, init_run, make_optimizers, own, per_token_logps, process,
+                   read_json, read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out,
+                   sum_over_processes, take_step, to_device, train_mode, trained_parameters, weights_hash, write_tensors)
 from sft import (INSTRUCTIONS, check_data, collate, dice, draw_masks, load_gpt, load_vqgan, make_example, open_studies, pick_task,
                  response_loss, sample_words, warn_of_other_data)
 from vqgan import encode_images
@@ -489,22 +489,27 @@ def pair_example(pair, sequence, vocab):
     return vocab.segment_prompt(shown, pair.structure, pair.wording), vocab.image_response(response)
 
 
-def pair_batch(pairs, indices, sequences, vocab):
+def families_of(pairs, indices, sequences):
+    """Which of the S·B rows of a batch, numbered sequence by sequence, show the same image or report: lists of their numbers."""
+    families = {}
+    for row, (sequence, i) in enumerate(product(sequences, indices)):
+        shown = SEQUENCES[sequence](pairs[i])[1]
+        families.setdefault((i, id(shown)), []).append(row)                     # id: one object, as arrays have no hash
+    return list(families.values())
+
+
+def pair_batch(pairs, indices, sequences, vocab, device):
     """ids and labels (S, B, T) of S kinds of sequences of B pairs, all of them, whether a contrast counts them or not; and
-    the families of these S·B rows, those that show the same image or report, for per_token_logps."""
-    examples, families = [], {}
-    for sequence in sequences:
-        for i in indices:
-            shown = SEQUENCES[sequence](pairs[i])[1]
-            families.setdefault((i, id(shown)), []).append(len(examples))       # id: one object, as arrays have no hash
-            examples.append(pair_example(pairs[i], sequence, vocab))
+    the Groups of these S·B rows for a model on this device."""
+    examples = [pair_example(pairs[i], sequence, vocab) for sequence, i in product(sequences, indices)]
     ids, labels = collate(examples, vocab.pad)
-    return ids.unflatten(0, (len(sequences), -1)), labels.unflatten(0, (len(sequences), -1)), list(families.values())
+    groups = group_rows(ids, labels, device, families_of(pairs, indices, sequences))
+    return ids.unflatten(0, (len(sequences), -1)), labels.unflatten(0, (len(sequences), -1)), groups
 
 
-def sum_logps(model, ids, labels, families, sequences):
+def sum_logps(model, ids, labels, groups, sequences):
     """log π of a batch that pair_batch made: {sequence: Sums}."""
-    logps = per_token_logps(model, ids.flatten(0, 1), labels.flatten(0, 1), families=families)
+    logps = per_token_logps(model, ids.flatten(0, 1), labels.flatten(0, 1), groups)
     logps = logps.unflatten(0, ids.shape[:2])                                                         # (S, B, T-1)
     ids, counted = ids[..., 1:], labels[..., 1:] != -100
     omega = counted.clone()
@@ -522,7 +527,7 @@ def sum_reference_logps(model, pairs, sequences, vocab, cfg, autocast):
     def score(start):
         indices = range(start, min(start + cfg.batch_size, len(pairs)))
         with autocast():
-            sums = sum_logps(model, *pair_batch(pairs, indices, sequences, vocab), sequences)
+            sums = sum_logps(model, *pair_batch(pairs, indices, sequences, vocab, model.device), sequences)
         return torch.stack([torch.stack(sums[s]) for s in sequences]).cpu()                           # (S, 4, B)
     table = torch.cat(share_out(score, range(0, len(pairs), cfg.batch_size), "reference"), dim=-1).to(model.device)   # (S, 4, n)
     return {s: Sums(*rows) for s, rows in zip(sequences, table)}
@@ -631,7 +636,8 @@ def train(cfg):
     def build(step):
         """What a step reads: indices of its pairs, their sequences, and the rehearsal; with several processes, this one's slice."""
         indices = torch.from_numpy(pick_pairs(pairs, cfg, step))
-        return indices, pair_batch(pairs, own(indices).tolist(), sequences, vocab), rehearsal_batch(studies, cfg, vocab, step)
+        batch = pair_batch(pairs, own(indices).tolist(), sequences, vocab, device)
+        return indices, batch, rehearsal_batch(studies, cfg, vocab, step)
 
     for step, (indices, batch, rehearsal) in built_ahead(build, start, cfg.steps):
         set_lr(optimizers, get_lr(*schedule(cfg, step), warmup=20))

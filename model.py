@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partialmethod, wraps
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -166,7 +167,7 @@ class Backbone(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, ids, positions=None, mask=None):
-        """positions (B, T), by default 0, 1, 2, …; mask: see Attention. Both are for `join`."""
+        """positions (B, T), by default 0, 1, 2, …; mask: see Attention. Both are for joined rows."""
         positions = torch.arange(ids.size(1), device=ids.device)[None] if positions is None else positions
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed_tokens(ids)
@@ -256,7 +257,7 @@ class GPT(nn.Module):
 
 
 def to_device(x, device):
-    """A tensor on a device. To a GPU it goes by pinned memory, and neither waits for the other."""
+    """A tensor on a device. To a GPU it goes by pinned memory, so that the CPU need not wait until the GPU has come so far."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
@@ -272,12 +273,30 @@ def token_logps(model, h, targets):
     return -F.cross_entropy(model.head(h).float(), targets, reduction="none")[:n]
 
 
-def join(families, device):
+class Group(NamedTuple):
+    """Rows that the model reads together, and the tokens of theirs that are scored; worked out on the CPU."""
+
+    ids: torch.Tensor                  # (R, S)
+    positions: torch.Tensor | None     # (R, S), and
+    branch: torch.Tensor | None        # (R, S): where rows are joined, see `join`
+    picks: torch.Tensor                # (5, n), of each token: row and place in the result, row and place in ids that predict it, its id
+
+
+def fill(rows):
+    """Lists of whole numbers as one tensor, filled up with 0 to a multiple of 8: each length needs kernels of its own."""
+    table = np.zeros((len(rows), -(-max(map(len, rows)) // 8) * 8), np.int64)
+    for i, row in enumerate(rows):
+        table[i, :len(row)] = row
+    return torch.from_numpy(table)
+
+
+def join(families):
     """Rows that begin alike as one: what they share, then the rest of each, which does not see the others' rests.
 
     An image is most of a sequence, and a pair asks much of the same image: read once, it costs once (for DPO
-    arXiv:2410.20305). families: lists of rows, a row a list of ids. Returns ids and positions (F, S) and a mask (F, 1, S, S)
-    for Backbone, on the device; on the CPU for each row, family after family: its family (B,) and its tokens' places (B, T)."""
+    arXiv:2410.20305). families: lists of rows, a row a list of ids. Returns ids, positions and branch (F, S), branch being 0 in
+    what is shared, else the number of the row; and for each row, family after family: its family (B,) and its tokens' places
+    (B, T)."""
     joined, family, places = [], [], []
     for f, rows in enumerate(families):
         shared = len(os.path.commonprefix(rows))
@@ -290,55 +309,62 @@ def join(families, device):
             positions += range(shared, len(row))
             branch += [number] * len(rest)
         joined.append((ids, positions, branch))
-    size = lambda lists: -(-max(map(len, lists)) // 8) * 8                # rounded up to 8s: each length needs kernels of its own
-    fill = lambda lists: torch.tensor([[*row, *[0] * (size(lists) - len(row))] for row in lists])
-    ids, positions, branch = to_device(torch.stack([fill(lists) for lists in zip(*joined)]), device)
+    return *map(fill, zip(*joined)), torch.tensor(family), fill(places)
+
+
+def branch_mask(branch):
+    """The mask (F, 1, S, S) that Attention adds to the scores of joined rows: -inf for later tokens, and for others' rests."""
     others = (branch[:, None] != branch[:, :, None]) & (branch[:, None] != 0)      # (F, query, key): key in another's rest
-    mask = causal_mask(ids.size(1), device).masked_fill(others, float("-inf"))
-    return ids, positions, mask[:, None], torch.tensor(family), fill(places)
+    return causal_mask(branch.size(1), branch.device).masked_fill(others, float("-inf"))[:, None]
 
 
-def response_logps(model, inputs, rows, places, targets):
-    """Log-probabilities (n,) of n tokens: targets[i] is predicted at places[i] of rows[i] of what Backbone reads, `inputs`."""
-    h = model.model(*inputs)[rows, places]                          # (n, hidden_size)
+def group_rows(ids, labels, device, families=None, rows=None):
+    """How per_token_logps takes ids and labels (B, T) through a model on this device: a list of Groups.
+
+    Rows of like length go together, `rows` at a time, cut to about their length: else a third would be padding. By default
+    16, which fits a CPU's cache, on a GPU 64. families: lists of rows that begin alike, each row in one; each goes through as
+    one (`join`) and counts as one of `rows`."""
+    rows = rows or (64 if torch.device(device).type == "cuda" else 16)
+    lengths = (ids.size(1) - (labels.flip(1) != -100).int().argmax(dim=1)).tolist()        # up to the last response token
+    lists = ids.tolist() if families else ()
+    units = sorted(families or [[i] for i in range(len(ids))], key=lambda unit: sum(lengths[i] for i in unit))
+    groups = []
+    for start in range(0, len(units), rows):
+        part = [i for unit in units[start:start + rows] for i in unit]
+        end = min(-(-max(lengths[i] for i in part) // 8) * 8, ids.size(1))
+        labelled = labels[part, 1:end]                              # position t predicts token t + 1
+        b, t = (labelled != -100).nonzero(as_tuple=True)
+        read, predicts = (ids[part, :end], None, None), (b, t)
+        if families:
+            *read, family, places = join([[lists[i][:lengths[i]] for i in unit] for unit in units[start:start + rows]])
+            predicts = family[b], places[b, t]
+        groups.append(Group(*read, torch.stack([torch.tensor(part)[b], t, *predicts, labelled[b, t]])))
+    return groups
+
+
+def response_logps(model, ids, positions, branch, predicts, targets):
+    """Log-probabilities (n,) of targets (n,), which are predicted at the rows and places `predicts` (2, n) of a Group's ids."""
+    h = model.model(ids, positions, None if branch is None else branch_mask(branch))[*predicts]      # (n, hidden_size)
     n = max(1, MOST_LOGITS // model.config.vocab_size // 128) * 128
     if len(h) <= n:
         return token_logps(model, h, targets)
     return torch.cat([checkpoint(token_logps, model, *p, use_reentrant=False) for p in zip(h.split(n), targets.split(n))])
 
 
-def per_token_logps(model, ids, labels, rows=None, families=None):
+def per_token_logps(model, ids, labels, groups=None):
     """Log-probability of each response token, in nats, given everything before it.
 
-    ids (B, T); labels (B, T): the ids again inside the response, -100 elsewhere; both best on the CPU, as what is picked
-    is worked out there, so that a GPU is never waited for. The shift by one
-    happens here. Returns (B, T-1) float32, 0 outside the response; its sum over dim 1 is the sequence
-    log-probability. Uniform logits give -log(V) a token. Only response positions pass the output
-    head: with short answers after long prompts that saves most of its cost.
-    Rows of like length go through the model together, `rows` at a time, cut to about their length: else a third would be
-    padding. By default 16, which fits a CPU's cache, on a GPU 64.
-    families: lists of rows that begin alike, each row in one; each goes through as one (`join`) and counts as one of `rows`."""
-    ids, labels, device = ids.cpu(), labels.cpu(), model.device
-    rows = rows or (64 if device.type == "cuda" else 16)
-    logps = torch.zeros(len(ids), ids.size(1) - 1, device=device)
-    lengths = (ids.size(1) - (labels.flip(1) != -100).int().argmax(dim=1)).tolist()        # up to the last response token
-    lists = ids.tolist() if families else ()
-    units = sorted(families or [[i] for i in range(len(ids))], key=lambda unit: sum(lengths[i] for i in unit))
-    for start in range(0, len(units), rows):
-        group = units[start:start + rows]
-        part = [i for unit in group for i in unit]
-        end = min(-(-max(lengths[i] for i in part) // 8) * 8, ids.size(1))
-        b, t = (labels[part, 1:end] != -100).nonzero(as_tuple=True)           # position t predicts token t + 1
-        row, targets = torch.tensor(part)[b], labels[part][b, t + 1]
-        if families:
-            *inputs, family, places = join([[lists[i][:lengths[i]] for i in unit] for unit in group], device)
-            picked = family[b], places[b, t], targets
-        else:
-            inputs, picked = [to_device(ids[part, :end], device)], (b, t, targets)
-        row, t, *picked = to_device(torch.stack([row, t, *picked]), device)
-        args = model, inputs, *picked
+    ids (B, T); labels (B, T): the ids again inside the response, -100 elsewhere. The shift by one happens here. Returns
+    (B, T-1) float32, 0 outside the response; its sum over dim 1 is the sequence log-probability. Uniform logits give -log(V)
+    a token. Only response positions pass the output head: with short answers after long prompts that saves most of its cost.
+    groups: what group_rows made of ids and labels, if it has been called ahead."""
+    groups = group_rows(ids.cpu(), labels.cpu(), model.device) if groups is None else groups
+    logps = torch.zeros(len(ids), ids.size(1) - 1, device=model.device)
+    for group in groups:
+        *read, picks = (x if x is None else to_device(x, model.device) for x in group)
+        args = model, *read, picks[2:4], picks[4]
         found = checkpoint(response_logps, *args, use_reentrant=False) if model.recompute else response_logps(*args)
-        logps = logps.index_put((row, t), found)
+        logps = logps.index_put((picks[0], picks[1]), found)
     return logps
 
 
@@ -503,7 +529,8 @@ class Stopped(BaseException):
 
 
 def stop(signum, frame):
-    """A signal's handler: a loop with a Log ends its step first; elsewhere, or if asked again after 3 s, all ends at once."""
+    """A signal's handler: a loop with a Log ends its step first; elsewhere, or if asked again after 3 s, all ends at once (a batch
+    that is being built is waited for)."""
     log = Log.running
     if log is None or log.asked and time.time() - log.asked_at > 3:
         raise Stopped(signum)
@@ -725,7 +752,7 @@ def join_processes(cfg, device):
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"        # each has a GPU of its own
     if not dist.is_initialized():
-        backend, gpu = ("nccl", torch.device(device)) if device.startswith("cuda") else ("gloo", None)
+        backend, gpu = ("cpu:gloo,cuda:nccl", torch.device(device)) if device.startswith("cuda") else ("gloo", None)
         dist.init_process_group(backend, timeout=timedelta(days=1), device_id=gpu)
         if process() > 0:                                  # only the first one speaks
             sys.stdout = open(os.devnull, "w")
@@ -778,9 +805,8 @@ def sum_over_processes(tensors):
 
 
 def largest_of_processes(number):
-    """The largest of the processes' whole numbers."""
-    device = "cuda" if processes() > 1 and dist.get_backend() == "nccl" else "cpu"
-    return int(gather(torch.tensor([number], device=device)).max())
+    """The largest of the processes' whole numbers; a GPU has no part in it."""
+    return int(gather(torch.tensor([number])).max())
 
 
 def share_out(function, items, title):
@@ -903,13 +929,14 @@ def batch_indices(n, batch_size, step, seed):
 
 
 def built_ahead(build, start, steps):
-    """(step, build(step)) for each step of a loop; the next is built in a thread meanwhile, so that a GPU need not wait for it."""
-    with ThreadPoolExecutor(1) as pool:
-        batch = build(start) if start < steps else None
-        for step in range(start, steps):
-            coming = pool.submit(build, step + 1) if step + 1 < steps else None
-            yield step, batch
-            batch = coming and coming.result()
+    """(step, build(step)) for each step of a loop; the next one is built in a thread, while a GPU is at work on this one."""
+    with ThreadPoolExecutor(1) as pool:                     # which waits for what is being built, if the loop ends early
+        batch = None
+        for step in range(start, steps + 1):
+            coming = pool.submit(build, step) if step < steps else None
+            if batch:
+                yield step - 1, batch.result()
+            batch = coming
 
 
 # ---- Folders of models on disk -------------------------------------------------------------------

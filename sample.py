@@ -41,8 +41,8 @@ from data import (BODY_PHRASES, COMPANIONS, MODALITIES, MODALITY_PHRASES, Findin
                   fingerprint, lexicon, match_findings, names_and_sides, open_data, read_findings, read_image,
                   read_term)
 from model import (RunConfig, UserError, arg, batch_indices, cli, get_lr, init_run, load_folder, load_weights, put_in_place, read_json,
-                   read_log, read_metadata, read_progress, read_tensors, refuse, run, save_folder, set_lr, take_step, to_device, weights_hash,
-                   write_tensors, write_text)
+                   read_log, read_metadata, read_progress, read_tensors, refuse, run, save_folder, set_lr, take_step, to_device,
+                   weights_hash, write_tensors, write_text)
 from dpo import BOTH_WAYS, read_pairs
 from sft import check_data, dice, draw_images, draw_masks, load_gpt, warn_of_other_data, write_answers, write_reports
 from vqgan import VQGAN, encode_images, psnr, spread_indices, stack, to_images, to_pixels

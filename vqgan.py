@@ -167,7 +167,7 @@ class VectorQuantizer(nn.Module):
     def count(self, codes):
         """Note which codes a batch used."""
         self.idle += 1
-        self.idle[codes.flatten()] = 0
+        self.idle.index_fill_(0, codes.flatten(), 0)
 
     @torch.no_grad()
     def renew(self, z, patience):

@@ -4,8 +4,10 @@
 
 What fails on a first GPU is mostly a tensor that stayed on the CPU, or NumPy asked for memory that it cannot see. Both fail
 here as they do there, and PyTorch's own code takes its "cuda" branches: autocast, fused optimizers, attention, streams of
-the backward pass. Kernels, their rounding, memory and speed do not show, nor does --compile. Last is printed how often the
-program made the GPU wait, {"why file function": times}: a figure read back, or a copy that is not asynchronous."""
+the backward pass. Kernels, their rounding, memory and speed do not show, nor does --compile; the GPU is the main thread's alone.
+Last is printed what made the program wait for the GPU, {"why file function": times}: figures read back, sizes that depend on
+them, and copies, save those to the GPU from pinned memory that need not be waited for. It needs a build of PyTorch for CPUs:
+one for CUDA has such a device already."""
 
 import ctypes
 import importlib
@@ -59,6 +61,8 @@ REGISTER_CUDA_HOOKS(CUDAHooks);
 def load_device():
     """Compile DEVICE and load it into this process, which must not have imported torch: that asks for devices at once."""
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent
+    if list((torch_folder / "lib").glob("*torch_cuda*")):
+        sys.exit("error: this PyTorch is a build for CUDA, and only one for CPUs can pretend (README.md: Run it)")
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "device.cpp", Path(folder) / "device.so"
         source.write_text(DEVICE)
@@ -73,17 +77,20 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401          before torch.Generator is another
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
+from torch.utils.weak import WeakTensorKeyDictionary  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[1]
 WAITS = Counter()
-READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::equal")
-COPIES = ("aten::_to_copy", "aten::copy_")
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "equal", "bincount",
+         "repeat_interleave", "multinomial")
+COPIES = ("_to_copy", "copy_")
+PINNED = WeakTensorKeyDictionary()
 
 
 def count_wait(why):
     """One more wait, of the innermost function of this project that is at work."""
-    own = [f for f in traceback.extract_stack()
-           if "site-packages" not in f.filename and f.filename != __file__ and f.name[0] != "<"]        # not <lambda>
-    WAITS[f"{why.removeprefix('aten::')} {Path(own[-1].filename).name} {own[-1].name}"] += 1
+    own = [f for f in traceback.extract_stack() if Path(f.filename).parent == ROOT and f.name[0] != "<"]         # not <lambda>
+    WAITS[f"{why} {Path(own[-1].filename).name} {own[-1].name}" if own else f"{why} in the backward pass"] += 1
 
 
 class OnGPU(torch.Tensor):
@@ -129,27 +136,41 @@ def on_gpu(index):
     return torch.tensor(index, device="cuda") if isinstance(index, list | np.ndarray) else index
 
 
+def check_copy(tensors, to_gpu, asynchronous):
+    """Count a copy from one device to the other, unless it is one to the GPU that nobody waits for."""
+    source = tensors[-1]
+    if isinstance(source, OnGPU) != to_gpu and not (to_gpu and asynchronous and source in PINNED):
+        count_wait("copy")
+
+
+def check_operation(name, args, tensors):
+    """Count what an operation of the GPU's waits for. Raises RuntimeError where tensors of both devices meet."""
+    index, put = [], []
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+        index, put = [i for i in args[1] if i is not None], args[2:3] if "put" in name else []
+    for x in tensors:                             # from the CPU may come what picks, and single numbers
+        if not isinstance(x, OnGPU) and not any(x is i for i in index) and (x.dim() or name in ("cat", "stack")):
+            raise RuntimeError(f"{name}: tensors on cuda:0 and on the CPU, {tuple(x.shape)}")
+    if any(not isinstance(x, OnGPU) for x in (*index, *put)):
+        count_wait("copy")
+    if name in READS or any(i.dtype == torch.bool for i in index):
+        count_wait(name)
+
+
 def compute(function, args, kwargs):
-    """One operation of PyTorch's, on the inner tensors. Raises RuntimeError where tensors of both devices meet."""
-    name, tensors = function._schema.name, [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    """One operation of PyTorch's, on the inner tensors."""
+    name = function._schema.name.removeprefix("aten::")
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     ours = {id(x.inner): x for x in tensors if isinstance(x, OnGPU)}
-    if name == "aten::_pin_memory":
-        return args[0].clone()
-    target = kwargs["device"].type == "cuda" if kwargs.get("device") else bool(ours)
-    if name == "aten::copy_":
-        target = isinstance(args[0], OnGPU)
+    if name == "_pin_memory":
+        PINNED[pinned := args[0].clone()] = True
+        return pinned
+    result_on_gpu = isinstance(args[0], OnGPU) if name == "copy_" else \
+        kwargs["device"].type == "cuda" if kwargs.get("device") else bool(ours)
     if name in COPIES:
-        if any(isinstance(x, OnGPU) != target for x in tensors) and not kwargs.get("non_blocking"):
-            count_wait("copy")
+        check_copy(tensors, result_on_gpu, kwargs.get("non_blocking"))
     elif ours:
-        index = args[1] if name.startswith("aten::index") and isinstance(args[1], list) else ()      # it may come from the CPU
-        for x in tensors:
-            if x.dim() and not isinstance(x, OnGPU) and not any(x is i for i in index):              # a number may, too
-                raise RuntimeError(f"{name}: tensors on cuda:0 and on the CPU, {tuple(x.shape)}")
-        if any(not isinstance(i, OnGPU) for i in index if i is not None):
-            count_wait("copy")
-        if name in READS:
-            count_wait(name)
+        check_operation(name, args, tensors)
 
     def inner(x):
         if isinstance(x, torch.device) and x.type == "cuda":
@@ -157,7 +178,7 @@ def compute(function, args, kwargs):
         return x.inner if isinstance(x, OnGPU) else x
 
     result = function(*tree_map(inner, args), **tree_map(inner, kwargs))
-    outer = lambda x: ours.get(id(x)) if id(x) in ours else OnGPU(x) if target and isinstance(x, torch.Tensor) else x
+    outer = lambda x: ours.get(id(x)) if id(x) in ours else OnGPU(x) if result_on_gpu and isinstance(x, torch.Tensor) else x
     return tree_map(outer, result)                # an operation in place gives back the very tensor that it was given
 
 

@@ -232,9 +232,9 @@ def test_score_sums_responses_and_the_codes_that_differ(model):
     """By hand from the logits: pair a's images differ in the third of four codes."""
     names = dpo.sequences_of(config("rndpo"))
     pairs, _ = sided(make_pairs(), config("rndpo"))
-    ids, labels, families = dpo.pair_batch(pairs, [0, 1], names, VOCAB)
+    ids, labels, groups = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
     assert ids.shape[:2] == labels.shape[:2] == (len(names), 2)
-    found = dpo.sum_logps(model, ids, labels, families, names)
+    found = dpo.sum_logps(model, ids, labels, groups, names)
     for i, name in enumerate(names):
         torch.testing.assert_close(found[name].whole, sequence_logps(model, ids[i], labels[i]))
     row = names.index("image_chosen")
@@ -246,7 +246,7 @@ def test_score_sums_responses_and_the_codes_that_differ(model):
     # masks: 1 1 1 1 over 5 1 1 6; the pair without masks compares its image with itself
     assert mask.omega_tokens.tolist() == [2, 0]
     # what is compared with nothing code by code: all its tokens
-    alone = dpo.sum_logps(model, ids[row:row + 1], labels[row:row + 1], [[0, 1]], ("image_chosen",))["image_chosen"]
+    alone = dpo.sum_logps(model, ids[row:row + 1], labels[row:row + 1], None, ("image_chosen",))["image_chosen"]
     for whole in (text, alone):
         assert torch.equal(whole.omega, whole.whole) and torch.equal(whole.omega_tokens, whole.tokens)
 
@@ -296,8 +296,8 @@ def test_every_objective_trains_on_the_controls_chosen_sequences(objective):
     names = dpo.sequences_of(cfg)
     assert names[:2] == dpo.CHOSEN == dpo.sequences_of(config("sft"))[:2] and set(dpo.chosen_of(cfg)) <= set(dpo.chosen_of(config("sft")))
     pairs, _ = sided(make_pairs(), cfg)
-    whole, *_ = dpo.pair_batch(pairs, [0, 1], names, VOCAB)
-    control, *_ = dpo.pair_batch(pairs, [0, 1], dpo.CHOSEN, VOCAB)
+    whole, *_ = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
+    control, *_ = dpo.pair_batch(pairs, [0, 1], dpo.CHOSEN, VOCAB, "cpu")
     assert whole.shape[:2] == (len(names), 2) and torch.equal(whole[:2, :, :control.size(2)], control)
 
 
@@ -306,7 +306,7 @@ def test_sequences_that_show_the_same_image_or_report_are_a_family():
     pairs, names = sided(make_pairs(), config("bidpo"))[0], dpo.sequences_of(config("bidpo"))
     for pair in pairs:
         pair.twin_text = "Of the twin."
-    *_, families = dpo.pair_batch(pairs, [0, 1], names, VOCAB)
+    families = dpo.families_of(pairs, [0, 1], names)
     together = [{"text_chosen", "text_rejected", "answer_chosen", "answer_rejected"}, {"text_given", "answer_given"},
                 {"image_chosen", "image_rejected"}, {"image_given"}]
     found = {(frozenset(names[i // 2] for i in family), *{i % 2 for i in family}) for family in families}
@@ -319,7 +319,7 @@ def test_log_ratios_are_zero_at_step_0(model):
     (pairs, _), names = sided(make_pairs(), cfg), dpo.sequences_of(cfg)
     reference = dpo.sum_reference_logps(model, pairs, names, VOCAB, cfg, contextlib.nullcontext)
     assert not any(r.whole.requires_grad for r in reference.values())
-    policy = dpo.sum_logps(model, *dpo.pair_batch(pairs, [1, 0], names, VOCAB), names)
+    policy = dpo.sum_logps(model, *dpo.pair_batch(pairs, [1, 0], names, VOCAB, "cpu"), names)
     for name, ratio in dpo.log_ratios(policy, reference, torch.tensor([1, 0])).items():
         for v in (ratio.whole, ratio.omega):
             torch.testing.assert_close(v, torch.zeros(2), atol=1e-4, rtol=0)
@@ -332,7 +332,7 @@ def test_margins_grow_on_one_batch_in_every_contrast(model, objective):
     (pairs, keep), names = sided(make_pairs(), cfg), dpo.sequences_of(cfg)
     keep = {k: torch.tensor(v).float() for k, v in keep.items()}
     reference = dpo.sum_reference_logps(model, pairs, names, VOCAB, cfg, contextlib.nullcontext)
-    batch = dpo.pair_batch(pairs, [0, 1], names, VOCAB)
+    batch = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(20):
         ratios = dpo.log_ratios(dpo.sum_logps(model, *batch, names), reference, torch.arange(2))
