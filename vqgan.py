@@ -205,17 +205,22 @@ class VQGAN(nn.Module):
         z_q, codes, codebook_loss, commitment_loss = self.quantizer(z)
         return self.decoder(z_q), codes, codebook_loss, commitment_loss, z
 
-    @torch.no_grad()
-    def encode(self, x, batch_size=256):
-        """Images (B, C, H, W) in [-1, 1] to codes (B, h·w), long, in raster order."""
-        return torch.cat([self.quantizer(self.encoder(b))[1] for b in x.split(batch_size)])
+    @property
+    def at_once(self):
+        """How many images pass together: as many as hold 2²⁰ pixels (256 of 64x64), as what lies between the layers is far more."""
+        return max(1, min(256, 2 ** 20 // self.config.image_size ** 2))
 
     @torch.no_grad()
-    def decode(self, codes, batch_size=256):
+    def encode(self, x):
+        """Images (B, C, H, W) in [-1, 1] to codes (B, h·w), long, in raster order."""
+        return torch.cat([self.quantizer(self.encoder(b))[1] for b in x.split(self.at_once)])
+
+    @torch.no_grad()
+    def decode(self, codes):
         """Codes (B, h·w) of square images to images (B, C, H, W) in [-1, 1]."""
         h = math.isqrt(codes.size(1))
         assert h * h == codes.size(1), "only square images: codes do not say their shape"
-        return torch.cat([self.decoder(self.quantizer.lookup(b, h)).float() for b in codes.split(batch_size)]).clamp(-1, 1)
+        return torch.cat([self.decoder(self.quantizer.lookup(b, h)).float() for b in codes.split(self.at_once)]).clamp(-1, 1)
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors."""

@@ -252,15 +252,17 @@ def test_the_device_is_that_of_the_weights():
     assert (small_vqgan().device.type, small_vqgan().to("meta").device.type) == ("cpu", "meta")
 
 
-def test_decoded_codes_equal_the_forward_pass():
-    """The batch of 2 also splits 5 images unevenly; decode clips to [-1, 1], forward does not."""
+def test_decoded_codes_equal_the_forward_pass(monkeypatch):
+    """Two at once also split 5 images unevenly; decode clips to [-1, 1], forward does not."""
     model = small_vqgan()
     model.decoder.last.weight.data *= 20            # so that there is something to clip
     x = torch.rand(5, 1, 16, 16) * 2 - 1
     x_rec, codes, *_ = model(x)
     assert x_rec.abs().max() > 1
-    assert torch.equal(model.encode(x, batch_size=2), codes)
-    assert_close(model.decode(codes, batch_size=2), x_rec.clamp(-1, 1).detach(), atol=1e-4, rtol=0)
+    assert model.at_once == 256 and small_vqgan(256).at_once == 16
+    monkeypatch.setattr(VQGAN, "at_once", 2)
+    assert torch.equal(model.encode(x), codes)
+    assert_close(model.decode(codes), x_rec.clamp(-1, 1).detach(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
