@@ -637,7 +637,7 @@ def fit_square(image, size, resample=Image.Resampling.LANCZOS):
 
 def read_image(path, size, channels):
     """An image file as (size, size) or (size, size, 3) uint8. Raises BadRow."""
-    return fit_square(open_image(path, channels), size)
+    return fit_square(open_image(Path(path), channels), size)
 
 
 def read_mask(path, size, image):
@@ -674,26 +674,26 @@ def to_eight_bits(image):
 def row_record(row, root, size, channels):
     """A record from one row of metadata (a dict); its image and masks are Paths of files that can be read. Raises BadRow."""
     if not isinstance(row, dict):
-        raise BadRow("it is not an object with the fields of its layout")
+        raise BadRow("it is not an object with the fields of its layout, one a line")
+    if any(row.get(None) or ()):
+        raise BadRow("more cells than columns: put texts that hold commas in quotes")
     text = row.get("text") or row.get("caption") or row.get("report") or ""
     questions, findings, masks = (read_cell(row.get(field)) for field in ("questions", "findings", "masks"))
-    if questions and not (isinstance(questions, list) and all(isinstance(q, dict) for q in questions)):
-        say_once('questions that are no list of {"question", "answer"} are left out')
-        questions = []
+    usable = [q for q in questions if isinstance(q, dict) and {"question", "answer"} <= q.keys()] if isinstance(questions, list) else []
+    if questions and usable != questions:
+        say_once('questions that are no list, in JSON, of {"question", "answer"} are left out')
     word = lambda v: printable(str(v).strip()) if isinstance(v, str | int | float) and v == v else ""      # no NaN, no list
-    asked = [[word(q.get(k)) for k in ("question", "answer")] for q in questions or ()]
-    questions = tuple((q, a) for q, a in asked if q and a)
+    questions = tuple(pair for q in usable if all(pair := (word(q["question"]), word(q["answer"]))))
     if not isinstance(text, str) or not (text.strip() or questions):
         raise BadRow("the text is empty" if isinstance(text, str) else "the text is no string")
-    path = path_inside(root, row.get("file_name"))
     findings = None if findings is None else read_named(findings)
     if not isinstance(masks := masks or {}, dict):
         raise BadRow('masks must be {"structure": "file"}')
     masks = {printable(structure.replace("_", " ")): path_inside(root, file) for structure, file in masks.items()}
     ids = [row.get(k) for k in ("patient_id", "subject_id", "subject", "study_id")]
     ids = [re.sub(r"^(\d+)\.0$", r"\1", str(i).strip()) for i in ids if i is not None and i == i]    # pandas makes 5 a 5.0, none a NaN
-    record = Record(path, printable(" ".join(text.split())), row["file_name"], findings, masks, str(row.get("modality") or ""),
-                    str(row.get("body_part") or ""), questions, next(filter(None, ids), ""))
+    record = Record(path_inside(root, row.get("file_name")), printable(" ".join(text.split())), row["file_name"], findings, masks,
+                    *(str(row.get(k) or "") for k in ("modality", "body_part")), questions, next(filter(None, ids), ""))
     read_pixels(record, size, channels)                # a file that cannot be read is refused here, not in training
     return record
 
@@ -733,7 +733,7 @@ def read_named(rows):
     is_named = lambda f: isinstance(f, dict) and isinstance(f.get("name"), str) and f["name"].strip(" _-.") \
         and f.get("side") in (None, "", *LEFT_RIGHT, "bilateral")
     if not isinstance(rows, list) or not all(map(is_named, rows)):
-        raise BadRow('findings must be a list of {"name", "side"}, the side left, right, bilateral or null')
+        raise BadRow('findings must be a list, in JSON, of {"name", "side"}, the side left, right, bilateral or null')
     names = [(printable(f["name"].replace("_", " ")), f.get("side") or "") for f in rows]
     return tuple(Finding(*f) for f in names if not re.fullmatch("no findings?", f[0].strip(), re.I))       # this label names none
 
@@ -769,13 +769,12 @@ def rocov2_rows(folder):
         name = file.name[:-len("_captions.csv")]
         for number, row in metadata_rows(file):
             names = [f"{row.get('ID')}{end}" for end in (".jpg", ".png", ".jpeg")]
-            row = {"file_name": next((n for n in names if os.path.isfile(folder / name / n)), names[0]), "text": row.get("Caption")}
+            row |= {"file_name": next((n for n in names if os.path.isfile(folder / name / n)), names[0]), "text": row.get("Caption")}
             yield SPLIT_NAMES.get(name.lower(), "train"), file, number, row, folder / name
 
 
 def llava_rows(folder):
     """The same of LLaVA's conversation JSON, images beside it or in images/."""
-    root = folder / "images" if (folder / "images").is_dir() else folder
     for file in sorted(filter(Path.is_file, folder.glob("*.json"))):
         with refuse(f"{file} is not JSON", "mend it or take it out of --data"):
             items = json.loads(file.read_text(encoding="utf-8"))
@@ -784,11 +783,12 @@ def llava_rows(folder):
                 row = {"file_name": item.get("image"), "subject": item.get("image"), **turns(item["conversations"])}
             except (KeyError, TypeError, AttributeError):
                 row = None
+            root = folder / "images" if row and not os.path.isfile(folder / str(row["file_name"])) else folder
             yield SPLIT_NAMES.get(file.stem.lower(), "train"), file, number, row, root
 
 
 def turns(conversations):
-    """One LLaVA conversation as fields of a row: a description becomes the text, the rest questions.
+    """One LLaVA conversation as fields of a row: what answers a request to describe becomes the text, the rest questions.
 
     A later question keeps the turns before it. A request for an image gives its own words as the text."""
     row, so_far = {"questions": []}, ""
@@ -798,7 +798,7 @@ def turns(conversations):
         ask, answer = (" ".join(t["value"].replace("<image>", " ").split()) for t in (human, gpt))
         if not answer and "<image>" in gpt["value"]:
             row["text"] = re.sub(r"^(generate|draw|create|make)\b[^:]*:\s*", "", ask, flags=re.I)
-        elif re.search(r"\b(describe|report|caption)\b", ask, re.I):
+        elif re.search(r"^(?!(?:is|are|was|were|do|does|did|has|have)\b).*\b(descri(?:be|ption)|report|caption|summari[sz]e)\b", ask, re.I):
             row["text"] = answer
         else:
             row["questions"].append({"question": so_far + ask, "answer": answer})

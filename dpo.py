@@ -837,7 +837,7 @@ def load_or_build_pairs(cfg, records, studies, phrases, vqgan, model, vocab, aut
     made = read_json(folder / "config.json") == recipe
     if found := made and read_pairs(folder, vqgan.config.codebook_size):
         pairs = found
-        tqdm.write(f"{len(pairs)} pairs from {folder}")
+        tqdm.write(f"{count_kinds(pairs)} from {folder}")
     else:
         if folder.exists() and not made:
             tqdm.write(f"{folder} was made with other flags, other data or another SFT model: building it anew; what was trained on the "

@@ -64,6 +64,7 @@ class GPTConfig:
     image_token_start: int | None = None  # id of image code 0; ids below are text and specials
     vqgan_hash: str = ""                  # the vqgan (image tokenizer) that this model was trained with
     data: str = ""                        # what it was trained on: a folder, or "phantoms" and their bias
+    tasks: str = ""                       # those it was trained for
     structures: str = ""                  # those it was trained to draw the masks of, joined by ", "
 
     def __post_init__(self):
@@ -1151,15 +1152,15 @@ def check_resume(cfg, name, origin=()):
     with refuse(f"{source}/state.safetensors is damaged", "leave out --resume, which starts over"):
         progress = read_progress(source)
         other, step = other_flags(progress, cfg), progress["step"]
+    program = f"{name}.py" if name in ("vqgan", "sft") else "dpo.py"
     if other:
-        program = f"{name}.py" if name in ("vqgan", "sft") else "dpo.py"
         raise UserError(f"--resume: {source} was started with other values of {', '.join(other)}; go on with `python {program} "
                         "--resume` and those, or leave out --resume")
     if others := [what for what in origin if progress.get("origin", {}).get(what, origin[what]) != origin[what]]:
         raise UserError(f"--resume: {source} was started from another {' and '.join(others)}; leave out --resume")
     if step > cfg.steps:
-        raise UserError(f"--resume: {source} has {step} steps behind it, --steps {cfg.steps} is less; "
-                        "name more, or leave out --resume")
+        raise UserError(f"--resume: {source} has {step} steps behind it, --steps {cfg.steps} is less; go on with `python {program} "
+                        "--resume` and as many steps or more, or leave out --resume")
     return source
 
 

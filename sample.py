@@ -226,7 +226,7 @@ def evaluate_reports(model, vocab, bench):
         stated = [read_findings(t, bench.phrases) for t in texts]
         scores = score_findings(stated, bench.records, bench.bootstrap) if bench.known else {}
         for kind, terms in (("modality", MODALITY_PHRASES), ("body_part", BODY_PHRASES)):
-            true = [read_term(getattr(r, kind), terms) for r in bench.records]
+            true = [read_term(r.text, terms) and read_term(getattr(r, kind), terms) for r in bench.records]     # if its report names one
             if any(true):
                 scores[kind] = bench.bootstrap([bool(t) and read_term(s, terms) == t for s, t in zip(texts, true)],
                                                [bool(t) for t in true])
@@ -278,9 +278,11 @@ def evaluate_answers(model, vocab, bench):
 
 
 def evaluate_masks(model, vocab, vqgan, bench):
-    """One structure a record: Dice over all, over the large ones (5 % of the image or more) and of each."""
+    """One structure a record, of those that are not too small for --image-size: Dice over all, over the large ones (5 % of the
+    image or more) and of each."""
     rng = np.random.default_rng([bench.cfg.seed, 9])
-    names = np.array([str(rng.choice(sorted(r.masks))) if r.masks else "" for r in bench.records])
+    seen = [sorted(name for name, mask in r.masks.items() if mask.any()) for r in bench.records]
+    names = np.array([str(rng.choice(s)) if s else "" for s in seen])
     have = np.flatnonzero(names)
     if not len(have):
         return {}
@@ -728,6 +730,8 @@ def answer_user(cfg):
     device, autocast = init_run(cfg)
     vqgan = load_vqgan_of(cfg, device)
     model, vocab = load_gpt(Path(cfg.out) / name, vqgan, device)
+    if (known := model.config.tasks) and command not in known.split():
+        tqdm.write(f"{name} has learnt no {command!r}, only {known}: what follows means nothing")
     options = decoding_of(cfg, cfg.temperature if cfg.sample or command == "generate" else 0.0)
     files = {"report": words, "generate": []}.get(command, words[:1])
     images, said, tiles = [], [], []

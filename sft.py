@@ -366,7 +366,8 @@ def train(cfg):
     if not len(studies) or not any(t in tasks for s in val for t in s.tasks):
         raise UserError("no training record, or no validation record, serves a task whose share is above 0; raise "
                         "--report-share or another")
-    describe(model, vocab, vqgan, cfg, getattr(data["train"], "rows", val))    # phantoms have no rows: held-out studies show what there is
+    taught = [t for t in TASKS if t in tasks and len(studies.serving([t])) or t in model.config.tasks.split()]
+    describe(model, vocab, vqgan, cfg, taught, getattr(data["train"], "rows", val))     # phantoms have no rows: what held-out ones show
 
     phrases, trained = lexicon(data["train"]), trained_parameters(model)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, cfg.weight_decay, autocast)
@@ -494,7 +495,7 @@ def load_vqgan(cfg, device, init=""):
     vqgan = VQGAN.from_pretrained(folder, device)
     if (vqgan.config.image_size, vqgan.config.channels) != (cfg.image_size, cfg.channels):
         raise UserError(f"{folder} was trained for --image-size {vqgan.config.image_size} and --channels "
-                        f"{vqgan.config.channels}, not {cfg.image_size} and {cfg.channels}: use these, or another --out")
+                        f"{vqgan.config.channels}, not {cfg.image_size} and {cfg.channels}: use these, or its --preset, or another --out")
     return vqgan
 
 
@@ -593,14 +594,14 @@ def new_model(cfg, vqgan, studies, device):
     return GPT(GPTConfig(vocab.size, **SHAPES[cfg.preset])).to(device), vocab, None
 
 
-def describe(model, vocab, vqgan, cfg, records):
-    """Write into the model's config what it is made for: its special tokens, longest sequence, image tokenizer, data, and the
-    structures whose masks the records or Studies have."""
+def describe(model, vocab, vqgan, cfg, tasks, records):
+    """Write into the model's config what it is made for: its special tokens, longest sequence, image tokenizer, data, tasks, and
+    the structures whose masks the records or Studies have."""
     structures = {name for r in records for name in dict(r.masks)}
     longest = 2 * vqgan.config.grid ** 2 + 2 * MAX_TEXT      # no task needs more
     vars(model.config).update(
         **vocab.config(), max_position_embeddings=max(longest, model.config.max_position_embeddings),
-        vqgan_hash=weights_hash(vqgan), data=data_name(cfg), structures=", ".join(sorted(structures)))
+        vqgan_hash=weights_hash(vqgan), data=data_name(cfg), tasks=" ".join(tasks), structures=", ".join(sorted(structures)))
 
 
 def main(argv=None):

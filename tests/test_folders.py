@@ -182,10 +182,16 @@ def test_questions_and_answers_may_be_numbers_and_odd_ones_are_told(tmp_path, ca
     data.say_once.cache_clear()
     answers = {"How many?": 2, "None?": 0, "Any?": False, "Why?": "", "Where?": ["left"], "When?": float("nan"), "Who?": None}
     rows = [{"file_name": "i0.png", "text": "One.", "questions": [{"question": q, "answer": a} for q, a in answers.items()]},
-            {"file_name": "i1.png", "text": "Two.", "questions": {"question": "Q?", "answer": "A."}}]
-    records = rows_of(read_folder(image_folder(tmp_path, rows), 32, 1))
-    assert records["One."].questions == (("How many?", "2"), ("None?", "0"), ("Any?", "False")) and records["Two."].questions == ()
-    assert "no list of" in capsys.readouterr().out
+            {"file_name": "i1.png", "text": "Two.", "questions": [{"q": "Q?", "a": "A."}, {"question": "Which?", "answer": "A."}]}]
+    records = rows_of(read_folder(image_folder(tmp_path, rows[:1]), 32, 1))
+    assert records["One."].questions == (("How many?", "2"), ("None?", "0"), ("Any?", "False"))
+    assert "left out" not in capsys.readouterr().out
+    read_folder.cache_clear()
+    assert rows_of(read_folder(image_folder(tmp_path, rows), 32, 1))["Two."].questions == (("Which?", "A."),)
+    assert 'questions that are no list, in JSON, of {"question", "answer"} are left out' in capsys.readouterr().out
+    rows[1]["questions"] = {"question": "Q?", "answer": "A."}
+    read_folder.cache_clear()
+    assert rows_of(read_folder(image_folder(tmp_path, rows), 32, 1))["Two."].questions == ()
 
 
 def test_an_empty_list_of_findings_is_known_to_be_none(tmp_path):
@@ -283,13 +289,16 @@ def test_llava_dialog_generate_report_and_question(tmp_path):
         {"image": "dialog.jpg", "conversations": say("<image>\nIs there a nodule?", "Yes.", "On which side?", "Left.")},
         {"image": "make.jpg", "conversations": say("Generate an image: Chest CT: normal.", "<image>")},
         {"image": "report.jpg", "conversations": say("Write the report.\n<image>", "All clear.")},
-        {"image": "ask.jpg", "conversations": say("Which part?\n<image>", "The hand.")}])
+        {"image": "images/ask.jpg", "conversations": say("Which part?\n<image>", "The hand.", "Is a side in the report?", "No.",
+                                                         "Please give a detailed description of the image.", "A hand.")}])
     records = {r.name: r for r in rows_of_names(read_folder(tmp_path, 32, 1))}
     assert records["dialog.jpg"].questions == (("Is there a nodule?", "Yes."),
                                                ("Is there a nodule? Yes. On which side?", "Left."))
     assert records["make.jpg"].text == "Chest CT: normal." and records["make.jpg"].questions == ()
     assert records["report.jpg"].text == "All clear."
-    assert records["ask.jpg"].questions == (("Which part?", "The hand."),) and records["ask.jpg"].text == ""
+    assert records["images/ask.jpg"].text == "A hand."
+    assert records["images/ask.jpg"].questions == (("Which part?", "The hand."),
+                                                   ("Which part? The hand. Is a side in the report?", "No."))
 
 
 def test_llava_items_of_one_image_stay_in_one_split(tmp_path):
@@ -510,12 +519,17 @@ def test_a_huge_csv_field_is_no_traceback(tmp_path):
     assert sum(map(len, read_folder(tmp_path, 32, 1).values())) in (4, 5)
 
 
-def test_ragged_csv_rows_are_no_traceback(tmp_path):
-    for i in range(4):
-        picture(tmp_path / f"{i}.png")
-    rows = "".join(f"{i}.png,Text {i}.,more,and more\n" for i in range(4))
-    (tmp_path / "metadata.csv").write_text("file_name,text\n" + rows + "0.png\n")
-    assert sum(map(len, read_folder(tmp_path, 32, 1).values())) == 4
+@pytest.mark.parametrize("name, header", (("metadata.csv", "file_name,text"), ("train_captions.csv", "ID,Caption")))
+def test_a_csv_text_is_never_cut_at_a_comma(tmp_path, capsys, name, header):
+    """Rows with more cells than columns are named; a comma at the end, and a row too short, are no such thing."""
+    for i in range(6):
+        picture(tmp_path / ("train" if name != "metadata.csv" else "") / f"{i}.png")
+    end = ".png" if name == "metadata.csv" else ""
+    cells = ("Yes, left nodule.", '"Yes, left."', "Two.,", "Three.", "Four.")
+    (tmp_path / name).write_text("\n".join([header, *(f"{i}{end},{cell}" for i, cell in enumerate(cells)), f"5{end}"]))
+    assert set(rows_of(read_folder(tmp_path, 32, 1))) == {"Yes, left.", "Two.", "Three.", "Four."}
+    said = messages(capsys)
+    assert "row 2" in said[0] and "more cells than columns" in said[0] and "the text is empty" in said[1] and "4 read, 2 skipped" in " ".join(said)
 
 
 def test_an_absolute_path_is_refused_also_where_it_exists(tmp_path, capsys):

@@ -15,7 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+import dpo
 import sample
+import sft
 from data import PHRASES, Finding, Phantoms, Record, phantom_spec
 from model import GPT, UserError, save_state
 from tests import captions
@@ -150,10 +152,10 @@ def test_one_question_a_record_is_right_whatever_its_case_and_full_stop(monkeypa
 
 
 def test_dice_is_told_of_all_of_large_and_of_each_structure(monkeypatch):
-    """The heart is drawn as it is, the small nodule not at all; a record without masks is not asked for."""
+    """The heart is drawn as it is, the small nodule not at all. Not asked for: a record without masks, a mask without a pixel."""
     heart, nodule = np.zeros((10, 10), bool), np.zeros((10, 10), bool)
     heart[:5], nodule[0, 0] = True, True
-    records = [replace(record(), masks=m) for m in ({"heart": heart}, {}, {"nodule": nodule})]
+    records = [replace(record(), masks=m) for m in ({"heart": heart}, {}, {"nodule": nodule, "a line": heart & False})]
     bench = SimpleNamespace(records=records, codes=range(3), bootstrap=sample.Bootstrap(3, 50), cfg=sample.SampleConfig())
     drawn = lambda model, vocab, vqgan, codes, structures: np.stack(
         [heart if s == "heart" else np.roll(nodule, 1) for s in structures])
@@ -190,6 +192,10 @@ def test_reports_are_scored_at_three_temperatures(monkeypatch):
     monkeypatch.setattr(sample, "write_reports", lambda model, vocab, codes, temperature, seed:
                         said[temperature] if (codes, seed) == ([0, 1], 3) else None)
     found, greedy = sample.evaluate_reports(None, None, bench)
+    assert not any("modality" in name for name in found)        # their own reports name none
+    bench.records = [replace(record(H), text=text, modality="CT") for text in ("Head CT.", "Normal.")]
+    monkeypatch.setattr(sample, "write_reports", lambda *args, **options: ["CT of the head.", "A CT."])
+    assert sample.evaluate_reports(None, None, bench)[0]["report/greedy/modality"][::2] == (1, 1)           # of the first alone
     figures = {"greedy": (1 / 2, 1 / 3, 1), "t0.5": (1, 2 / 3, 1 / 2), "t1.0": (0, 1, 0)}
     assert greedy == said[0.0] and {k.split("/")[1] for k in found} == figures.keys()
     for decoding, expected in figures.items():
@@ -562,6 +568,20 @@ def test_a_structure_that_was_never_learnt_is_told(out, image_file, capsys):
         sample.main(["segment", str(image_file), structure, "--out", str(out)])
         said = capsys.readouterr().out
         assert ("no masks of 'left kidney', only of " in said and "left lung" in said) == told
+
+
+def test_a_task_that_was_never_learnt_is_told(trained, tmp_path, image_file, capsys):
+    """A model of reports alone knows it; stage 2 and LoRA hand it on. One that goes on from a model knows its tasks too."""
+    flags = ["--preset", "tiny", "--steps", "1", "--out", str(tmp_path / "out")]
+    shutil.copytree(trained / "vqgan", tmp_path / "out/vqgan")
+    sft.main([*flags, "--generate-share", "0", "--ask-share", "0", "--segment-share", "0"])
+    dpo.main([*flags, "--objective", "sft", "--lora-rank", "1", "--name", "adapters"])
+    for name in ("sft", "adapters"):
+        for words, told in ((["report"], False), (["ask", "What?"], True), (["segment", "heart"], True)):
+            sample.main([words[0], str(image_file), *words[1:], "--model", name, "--out", str(tmp_path / "out")])
+            assert (f"{name} has learnt no {words[0]!r}, only report" in capsys.readouterr().out) == told
+    sft.main([*flags[:-1], str(tmp_path / "next"), "--init", str(tmp_path / "out/sft"), "--report-share", "0"])
+    assert json.loads((tmp_path / "next/sft/config.json").read_text())["tasks"] == "report generate ask segment"
 
 
 def test_an_image_that_cannot_be_read_is_named(out, tmp_path):

@@ -112,6 +112,8 @@ def test_what_must_be_refused_is_refused_before_anything_is_trained(out):
     (out / "bidpo/notes.md").unlink()
     with pytest.raises(UserError, match="other values of --beta"):
         dpo.main([*TINY, "--out", str(out), "--beta", "0.3", "--resume"])
+    with pytest.raises(UserError, match=r"control has 12 steps behind it, --steps 3 is less; go on with `python dpo.py --resume` and as"):
+        dpo.main([*TINY, "--out", str(out), "--objective", "sft", "--steps", "3", "--resume"])
     shutil.rmtree(out / "vqgan")
     shutil.copytree(out / "control", out / "sft.partial")                 # of other flags, whatever they are
     with pytest.raises(UserError, match="--resume: .*sft.partial was started with other values"):
