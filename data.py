@@ -237,8 +237,7 @@ def ask_whether(kind, wording):
 
 def ask_phantom(spec):
     """Questions and answers of a phantom: one present, one absent, one side, the modality."""
-    r = spec.rng("questions")
-    kinds = MODALITIES[spec.modality]
+    r, kinds = spec.rng("questions"), MODALITIES[spec.modality]
     present = [f.name for f in spec.findings]
     absent = [name for name in kinds if name not in present]
     questions = [("Which modality is this?", OPENING[spec.modality][0])]
@@ -253,8 +252,7 @@ def ask_phantom(spec):
 
 def phantom_record(spec, size=64):
     """The whole record of a spec."""
-    image, masks = draw(spec, size)
-    name = f"{spec.split}/{spec.index}"
+    (image, masks), name = draw(spec, size), f"{spec.split}/{spec.index}"
     return Record(image, write_report(spec), name, spec.findings, masks, spec.modality, "", ask_phantom(spec), name, spec)
 
 
@@ -574,6 +572,8 @@ def draw_brain_mri(c, found, a):
 
 MIN_SIDE, MAX_PIXELS, MOST_NAMED = 16, 64_000_000, 200
 SPLIT_NAMES = {**dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"), "test": "test", "testing": "test"}    # else train
+DESCRIBE = re.compile(r"^(?!(?:is|are|was|were|do|does|did|has|have)\b(?! you\b)[^.?]*\?$)"
+                      r".*\b(?:describe|descriptions?|reports?|captions?|summar(?:y|i[sz]e))\b", re.I)
 
 
 class BadRow(ValueError):
@@ -674,16 +674,16 @@ def to_eight_bits(image):
 def row_record(row, root, size, channels):
     """A record from one row of metadata (a dict); its image and masks are Paths of files that can be read. Raises BadRow."""
     if not isinstance(row, dict):
-        raise BadRow("it is not an object with the fields of its layout, one a line")
-    if any(row.get(None) or ()):
+        raise BadRow("it is not an object with the fields of its layout")
+    if any(cell.strip() for cell in (*(row.get(None) or ()), row.get("") or "") if isinstance(cell, str)):
         raise BadRow("more cells than columns: put texts that hold commas in quotes")
     text = row.get("text") or row.get("caption") or row.get("report") or ""
     questions, findings, masks = (read_cell(row.get(field)) for field in ("questions", "findings", "masks"))
     usable = [q for q in questions if isinstance(q, dict) and {"question", "answer"} <= q.keys()] if isinstance(questions, list) else []
     if questions and usable != questions:
-        say_once('questions that are no list, in JSON, of {"question", "answer"} are left out')
+        say_once('what in `questions` is no {"question", "answer"} is left out (a CSV cell is a list of them, in JSON)')
     word = lambda v: printable(str(v).strip()) if isinstance(v, str | int | float) and v == v else ""      # no NaN, no list
-    questions = tuple(pair for q in usable if all(pair := (word(q["question"]), word(q["answer"]))))
+    questions = tuple(pair for pair in ((word(q["question"]), word(q["answer"])) for q in usable) if all(pair))
     if not isinstance(text, str) or not (text.strip() or questions):
         raise BadRow("the text is empty" if isinstance(text, str) else "the text is no string")
     findings = None if findings is None else read_named(findings)
@@ -701,8 +701,7 @@ def row_record(row, root, size, channels):
 def read_pixels(record, size, channels):
     """The same record with pixels in place of Paths. Raises BadRow."""
     image = open_image(record.image, channels)
-    return replace(record, image=fit_square(image, size),
-                   masks={name: read_mask(path, size, image) for name, path in record.masks.items()})
+    return replace(record, image=fit_square(image, size), masks={name: read_mask(path, size, image) for name, path in record.masks.items()})
 
 
 class Folder:
@@ -734,8 +733,8 @@ def read_named(rows):
         and f.get("side") in (None, "", *LEFT_RIGHT, "bilateral")
     if not isinstance(rows, list) or not all(map(is_named, rows)):
         raise BadRow('findings must be a list, in JSON, of {"name", "side"}, the side left, right, bilateral or null')
-    names = [(printable(f["name"].replace("_", " ")), f.get("side") or "") for f in rows]
-    return tuple(Finding(*f) for f in names if not re.fullmatch("no findings?", f[0].strip(), re.I))       # this label names none
+    found = (Finding(printable(f["name"].replace("_", " ")), f.get("side") or "") for f in rows)
+    return tuple(f for f in found if not re.fullmatch("no findings?", f.name.strip(), re.I))               # this label names none
 
 
 def metadata_rows(path):
@@ -769,26 +768,28 @@ def rocov2_rows(folder):
         name = file.name[:-len("_captions.csv")]
         for number, row in metadata_rows(file):
             names = [f"{row.get('ID')}{end}" for end in (".jpg", ".png", ".jpeg")]
-            row |= {"file_name": next((n for n in names if os.path.isfile(folder / name / n)), names[0]), "text": row.get("Caption")}
+            found = next((n for n in names if os.path.isfile(folder / name / n)), names[0])
+            row = {"file_name": found, "text": row.get("Caption"), None: row.get(None)}
             yield SPLIT_NAMES.get(name.lower(), "train"), file, number, row, folder / name
 
 
 def llava_rows(folder):
     """The same of LLaVA's conversation JSON, images beside it or in images/."""
+    root = folder / "images" if (folder / "images").is_dir() else folder
     for file in sorted(filter(Path.is_file, folder.glob("*.json"))):
         with refuse(f"{file} is not JSON", "mend it or take it out of --data"):
             items = json.loads(file.read_text(encoding="utf-8"))
         for number, item in enumerate(items if isinstance(items, list) else [], 1):
             try:
-                row = {"file_name": item.get("image"), "subject": item.get("image"), **turns(item["conversations"])}
+                image = item["image"].removeprefix("images/")
+                row = {"file_name": image, "subject": image, **turns(item["conversations"])}
             except (KeyError, TypeError, AttributeError):
                 row = None
-            root = folder / "images" if row and not os.path.isfile(folder / str(row["file_name"])) else folder
             yield SPLIT_NAMES.get(file.stem.lower(), "train"), file, number, row, root
 
 
 def turns(conversations):
-    """One LLaVA conversation as fields of a row: what answers a request to describe becomes the text, the rest questions.
+    """One LLaVA conversation as fields of a row: what answers the first request to describe becomes the text, the rest questions.
 
     A later question keeps the turns before it. A request for an image gives its own words as the text."""
     row, so_far = {"questions": []}, ""
@@ -798,7 +799,7 @@ def turns(conversations):
         ask, answer = (" ".join(t["value"].replace("<image>", " ").split()) for t in (human, gpt))
         if not answer and "<image>" in gpt["value"]:
             row["text"] = re.sub(r"^(generate|draw|create|make)\b[^:]*:\s*", "", ask, flags=re.I)
-        elif re.search(r"^(?!(?:is|are|was|were|do|does|did|has|have)\b).*\b(descri(?:be|ption)|report|caption|summari[sz]e)\b", ask, re.I):
+        elif "text" not in row and DESCRIBE.search(ask):          # no yes-or-no question, unless "Are you able to …?"
             row["text"] = answer
         else:
             row["questions"].append({"question": so_far + ask, "answer": answer})
@@ -870,9 +871,8 @@ def fill_splits(splits, folder):
 
 def image_source(cfg):
     """Where images come from: the folder's path, or "phantoms", and of how many modalities if not of all."""
-    if cfg.data:
-        return str(Path(cfg.data).resolve())
-    return "phantoms" if cfg.modalities == len(MODALITIES) else f"phantoms --modalities {cfg.modalities}"
+    phantoms = "phantoms" + f" --modalities {cfg.modalities}" * (cfg.modalities < len(MODALITIES))
+    return str(Path(cfg.data).resolve()) if cfg.data else phantoms
 
 
 def fingerprint(records):
@@ -908,8 +908,8 @@ def lexicon(records):
     if isinstance(records, Phantoms):
         return {name: PHRASES[name] for kinds in list(MODALITIES.values())[:records.modalities] for name in kinds}
     rows = records.rows if isinstance(records, Folder) else records
-    names = sorted({f.name for r in rows for f in r.findings or ()})
-    return {n: PHRASES.get(n, (" ".join(n.lower().replace("-", " ").split()),)) for n in names}
+    phrase = lambda name: " ".join(name.lower().replace("-", " ").split())
+    return {n: PHRASES.get(n, (phrase(n),)) for n in sorted({f.name for r in rows for f in r.findings or ()})}
 
 
 @lru_cache

@@ -64,8 +64,8 @@ from tqdm import tqdm
 import sft as sft_stage
 from data import DISTORTIONS, Phantoms, add_noise, distort, fingerprint, lexicon, open_data, statement_of
 from model import (Log, TuneConfig, UserError, add_lora, arg, batch_indices, begin_stage, built_ahead, check_own, check_resume,
-                   cli, config_for, finish_stage, gather, get_lr, group_rows, init_run, make_optimizers, own, per_token_logps, process,
-                   read_json, read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out,
+                   cli, config_for, finish_stage, gather, get_lr, init_run, make_optimizers, own, per_token_logps, process,
+                   read_json, read_tensors, run, run_flags, save_state, save_tuned, sequence_logps, set_lr, share_out, split_batch,
                    sum_over_processes, take_step, to_device, train_mode, trained_parameters, weights_hash, write_tensors)
 from sft import (INSTRUCTIONS, check_data, collate, dice, draw_masks, load_gpt, load_vqgan, make_example, open_studies, pick_task,
                  response_loss, sample_words, warn_of_other_data)
@@ -463,10 +463,11 @@ def pairs_that_count(pairs, cfg, phrases):
     any_report = any(map(has_report, pairs))
     needed = [v.any() for name, v in keep.items() if name.startswith("answer") != any_report]
     if keep and not (needed and all(needed)):
-        way_out = "none has a report: take --objective bidpo or sft"
         if any_report:
             way_out = ("try another --rejected or --distort, a --pair-temperature above 0, or --keep-agreeing"
                        + ", or name `findings` in the metadata" * (not phrases))
+        else:
+            way_out = "none has a report: take --objective bidpo or sft"
         raise UserError(f"--objective {cfg.objective} finds no usable preference pair: of {len(pairs)}, chosen and rejected "
                         f"differ in: {shown}; {way_out}")
     if keep:
@@ -500,16 +501,16 @@ def families_of(pairs, indices, sequences):
 
 def pair_batch(pairs, indices, sequences, vocab, device):
     """ids and labels (S, B, T) of S kinds of sequences of B pairs, all of them, whether a contrast counts them or not; and
-    the Groups of these S·B rows for a model on this device."""
+    the MicroBatches of these S·B rows for a model on this device."""
     examples = [pair_example(pairs[i], sequence, vocab) for sequence, i in product(sequences, indices)]
     ids, labels = collate(examples, vocab.pad)
-    groups = group_rows(ids, labels, device, families_of(pairs, indices, sequences))
-    return ids.unflatten(0, (len(sequences), -1)), labels.unflatten(0, (len(sequences), -1)), groups
+    micro_batches = split_batch(ids, labels, device, families_of(pairs, indices, sequences))
+    return *(x.unflatten(0, (len(sequences), -1)) for x in (ids, labels)), micro_batches
 
 
-def sum_logps(model, ids, labels, groups, sequences):
+def sum_logps(model, ids, labels, micro_batches, sequences):
     """log π of a batch that pair_batch made: {sequence: Sums}."""
-    logps = per_token_logps(model, ids.flatten(0, 1), labels.flatten(0, 1), groups)
+    logps = per_token_logps(model, ids.flatten(0, 1), labels.flatten(0, 1), micro_batches)
     logps = logps.unflatten(0, ids.shape[:2])                                                         # (S, B, T-1)
     ids, counted = ids[..., 1:], labels[..., 1:] != -100
     omega = counted.clone()
@@ -634,18 +635,18 @@ def train(cfg):
     log = Log(f"{folder}.jsonl", name, cfg.steps, start)
 
     def build(step):
-        """What a step reads: indices of its pairs, their sequences, and the rehearsal; with several processes, this one's slice."""
-        indices = torch.from_numpy(pick_pairs(pairs, cfg, step))
-        batch = pair_batch(pairs, own(indices).tolist(), sequences, vocab, device)
-        return indices, batch, rehearsal_batch(studies, cfg, vocab, step)
+        """What a step reads: the indices of its pairs, and of this process's slice the sequences and the rehearsal."""
+        indices = pick_pairs(pairs, cfg, step)
+        batch = pair_batch(pairs, own(indices), sequences, vocab, device)
+        return torch.from_numpy(indices), batch, rehearsal_batch(studies, cfg, vocab, step)
 
-    for step, (indices, batch, rehearsal) in built_ahead(build, start, cfg.steps):
+    for step, (indices, batch, rehearsed) in built_ahead(build, start, cfg.steps):
         set_lr(optimizers, get_lr(*schedule(cfg, step), warmup=20))
         torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike
         indices = to_device(indices, device)
         with autocast():
             policy_sums = sum_logps(model, *batch, sequences)
-            rehearsal = response_loss(model, *rehearsal)
+            rehearsal = response_loss(model, *rehearsed)
         policy_sums = {k: Sums(*gather(torch.stack(sums, dim=1)).unbind(1)) for k, sums in policy_sums.items()}
         ratios = log_ratios(policy_sums, reference_sums, indices)
         counted = {k: v[indices] for k, v in keep.items()}

@@ -64,8 +64,8 @@ class GPTConfig:
     image_token_start: int | None = None  # id of image code 0; ids below are text and specials
     vqgan_hash: str = ""                  # the vqgan (image tokenizer) that this model was trained with
     data: str = ""                        # what it was trained on: a folder, or "phantoms" and their bias
-    tasks: str = ""                       # those it was trained for
-    structures: str = ""                  # those it was trained to draw the masks of, joined by ", "
+    tasks: str = ""                       # the tasks it was trained for, joined by blanks; "": not known
+    structures: str = ""                  # the structures it was trained to draw the masks of, joined by ", "
 
     def __post_init__(self):
         if not self.num_key_value_heads or self.num_attention_heads % self.num_key_value_heads:
@@ -108,7 +108,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask=None):
         """x (B, T, hidden_size); cos, sin (1 or B, 1, T, head_dim). mask (1 or B, 1, T, T): what is added to scores, -inf where
-        a position (3rd) may not attend to another (4th); by default it attends to no later one (causal)."""
+        query t (dim 2) may not see key s (dim 3); by default it sees no later one (causal)."""
         B, T, _ = x.shape
         heads = lambda y: y.view(B, T, -1, self.head_dim)                     # (B, T, nh, D)
         normed = lambda norm, y: norm(heads(y).float()).to(y.dtype).transpose(1, 2)      # autocast: y is bfloat16
@@ -168,7 +168,7 @@ class Backbone(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, ids, positions=None, mask=None):
-        """positions (B, T), by default 0, 1, 2, …; mask: see Attention. Both are for joined rows."""
+        """positions (B, T), by default 0, 1, 2, …; mask: see Attention. Both are for rows that `join` made one."""
         positions = torch.arange(ids.size(1), device=ids.device)[None] if positions is None else positions
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed_tokens(ids)
@@ -257,11 +257,6 @@ class GPT(nn.Module):
         return load_weights(lambda: cls(config), tensors, folder).to(device)
 
 
-def to_device(x, device):
-    """A tensor on a device. To a GPU it goes by pinned memory, so that the CPU need not wait until the GPU has come so far."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
-
-
 MOST_LOGITS = 2 ** 25       # held at once (128 MB); of more, pieces are computed again in the backward pass
 
 
@@ -274,13 +269,13 @@ def token_logps(model, h, targets):
     return -F.cross_entropy(model.head(h).float(), targets, reduction="none")[:n]
 
 
-class Group(NamedTuple):
+class MicroBatch(NamedTuple):
     """Rows that the model reads together, and the tokens of theirs that are scored; worked out on the CPU."""
 
     ids: torch.Tensor                  # (R, S)
-    positions: torch.Tensor | None     # (R, S), and
-    branch: torch.Tensor | None        # (R, S): where rows are joined, see `join`
-    picks: torch.Tensor                # (5, n), of each token: row and place in the result, row and place in ids that predict it, its id
+    positions: torch.Tensor | None     # (R, S), of joined rows (`join`); None: 0, 1, 2, …
+    branch: torch.Tensor | None        # (R, S), of joined rows; None: plain rows
+    picks: torch.Tensor                # (5, n), of each token: row and place in the result; row and place in ids that predict it; its id
 
 
 def fill(rows):
@@ -292,12 +287,12 @@ def fill(rows):
 
 
 def join(families):
-    """Rows that begin alike as one: what they share, then the rest of each, which does not see the others' rests.
+    """Rows that begin alike as one: what they share, then each one's own rest; a rest sees the shared part and itself.
 
     An image is most of a sequence, and a pair asks much of the same image: read once, it costs once (for DPO
     arXiv:2410.20305). families: lists of rows, a row a list of ids. Returns ids, positions and branch (F, S), branch being 0 in
-    what is shared, else the number of the row; and for each row, family after family: its family (B,) and its tokens' places
-    (B, T)."""
+    what is shared, else the row's number within its family, from 1; and for each row, family after family: its family (B,) and
+    its tokens' places (B, T)."""
     joined, family, places = [], [], []
     for f, rows in enumerate(families):
         shared = len(os.path.commonprefix(rows))
@@ -306,7 +301,7 @@ def join(families):
             rest = row[shared:]
             family.append(f)
             places.append([*range(shared), *range(len(ids), len(ids) + len(rest))])
-            ids = ids + rest
+            ids += rest
             positions += range(shared, len(row))
             branch += [number] * len(rest)
         joined.append((ids, positions, branch))
@@ -319,53 +314,53 @@ def branch_mask(branch):
     return causal_mask(branch.size(1), branch.device).masked_fill(others, float("-inf"))[:, None]
 
 
-def group_rows(ids, labels, device, families=None, rows=None):
-    """How per_token_logps takes ids and labels (B, T) through a model on this device: a list of Groups.
+def split_batch(ids, labels, device, families=None, size=None):
+    """Cut ids and labels (B, T) into the MicroBatches that per_token_logps reads one after the other, for a model on this device.
 
-    Rows of like length go together, `rows` at a time, cut to about their length: else a third would be padding. By default
+    Rows of like length go together, `size` at a time, cut to about their length: else a third would be padding. By default
     16, which fits a CPU's cache, on a GPU 64. families: lists of rows that begin alike, each row in one; each goes through as
-    one (`join`) and counts as one of `rows`."""
-    rows = rows or (64 if torch.device(device).type == "cuda" else 16)
+    one (`join`) and counts as one."""
+    size = size or (64 if torch.device(device).type == "cuda" else 16)
     lengths = (ids.size(1) - (labels.flip(1) != -100).int().argmax(dim=1)).tolist()        # up to the last response token
-    lists = ids.tolist() if families else ()
-    units = sorted(families or [[i] for i in range(len(ids))], key=lambda unit: sum(lengths[i] for i in unit))
-    groups = []
-    for start in range(0, len(units), rows):
-        part = [i for unit in units[start:start + rows] for i in unit]
+    families_or_rows = sorted(families or [[i] for i in range(len(ids))], key=lambda rows: sum(lengths[i] for i in rows))
+    result = []
+    for start in range(0, len(families_or_rows), size):
+        together = families_or_rows[start:start + size]
+        part = [i for rows in together for i in rows]
         end = min(-(-max(lengths[i] for i in part) // 8) * 8, ids.size(1))
         labelled = labels[part, 1:end]                              # position t predicts token t + 1
         b, t = (labelled != -100).nonzero(as_tuple=True)
-        read, predicts = (ids[part, :end], None, None), (b, t)
+        inputs, rows, places = (ids[part, :end], None, None), b, t
         if families:
-            *read, family, places = join([[lists[i][:lengths[i]] for i in unit] for unit in units[start:start + rows]])
-            predicts = family[b], places[b, t]
-        groups.append(Group(*read, torch.stack([torch.tensor(part)[b], t, *predicts, labelled[b, t]])))
-    return groups
+            *inputs, family, its_places = join([[ids[i, :lengths[i]].tolist() for i in rows] for rows in together])
+            rows, places = family[b], its_places[b, t]
+        result.append(MicroBatch(*inputs, torch.stack([torch.tensor(part)[b], t, rows, places, labelled[b, t]])))
+    return result
 
 
-def response_logps(model, ids, positions, branch, predicts, targets):
-    """Log-probabilities (n,) of targets (n,), which are predicted at the rows and places `predicts` (2, n) of a Group's ids."""
-    h = model.model(ids, positions, None if branch is None else branch_mask(branch))[*predicts]      # (n, hidden_size)
+def response_logps(model, ids, positions, branch, rows, places, targets):
+    """Log-probabilities (n,) of targets (n,), which are predicted at these rows and places (n,) of ids (R, S)."""
+    h = model.model(ids, positions, None if branch is None else branch_mask(branch))[rows, places]      # (n, hidden_size)
     n = max(1, MOST_LOGITS // model.config.vocab_size // 128) * 128
     if len(h) <= n:
         return token_logps(model, h, targets)
     return torch.cat([checkpoint(token_logps, model, *p, use_reentrant=False) for p in zip(h.split(n), targets.split(n))])
 
 
-def per_token_logps(model, ids, labels, groups=None):
+def per_token_logps(model, ids, labels, micro_batches=None):
     """Log-probability of each response token, in nats, given everything before it.
 
     ids (B, T); labels (B, T): the ids again inside the response, -100 elsewhere. The shift by one happens here. Returns
     (B, T-1) float32, 0 outside the response; its sum over dim 1 is the sequence log-probability. Uniform logits give -log(V)
     a token. Only response positions pass the output head: with short answers after long prompts that saves most of its cost.
-    groups: what group_rows made of ids and labels, if it has been called ahead."""
-    groups = group_rows(ids.cpu(), labels.cpu(), model.device) if groups is None else groups
+    micro_batches: what split_batch made of ids and labels, if it has been called ahead."""
     logps = torch.zeros(len(ids), ids.size(1) - 1, device=model.device)
-    for group in groups:
-        *read, picks = (x if x is None else to_device(x, model.device) for x in group)
-        args = model, *read, picks[2:4], picks[4]
+    for micro_batch in split_batch(ids.cpu(), labels.cpu(), model.device) if micro_batches is None else micro_batches:
+        *inputs, picks = (x if x is None else to_device(x, model.device) for x in micro_batch)
+        b, t, *scored = picks
+        args = model, *inputs, *scored
         found = checkpoint(response_logps, *args, use_reentrant=False) if model.recompute else response_logps(*args)
-        logps = logps.index_put((picks[0], picks[1]), found)
+        logps = logps.index_put((b, t), found)
     return logps
 
 
@@ -530,8 +525,8 @@ class Stopped(BaseException):
 
 
 def stop(signum, frame):
-    """A signal's handler: a loop with a Log ends its step first; elsewhere, or if asked again after 3 s, all ends at once (a batch
-    that is being built is waited for)."""
+    """A signal's handler: a loop with a Log ends its step first; elsewhere, or if asked again after 3 s, all ends at once, or as
+    soon as the batch that is being built is done."""
     log = Log.running
     if log is None or log.asked and time.time() - log.asked_at > 3:
         raise Stopped(signum)
@@ -727,6 +722,12 @@ def init_run(cfg):
         if hasattr(cfg, "resume") and signal.getsignal(signal.SIGTERM) is stop:      # it trains, and `run` has started it
             lock(cfg.out)
     return device, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def to_device(x, device):
+    """A tensor on a device; to a GPU by pinned memory: the CPU goes on at once, else it would wait for all that the GPU still has
+    to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
 # ---- Several processes ---------------------------------------------------------------------------
@@ -930,14 +931,13 @@ def batch_indices(n, batch_size, step, seed):
 
 
 def built_ahead(build, start, steps):
-    """(step, build(step)) for each step of a loop; the next one is built in a thread, while a GPU is at work on this one."""
+    """(step, build(step)) for each step of a loop; the next is built in a thread, while this one is trained on."""
     with ThreadPoolExecutor(1) as pool:                     # which waits for what is being built, if the loop ends early
-        batch = None
-        for step in range(start, steps + 1):
-            coming = pool.submit(build, step) if step < steps else None
-            if batch:
-                yield step - 1, batch.result()
-            batch = coming
+        coming = None
+        for step in range(start, steps):
+            batch = coming.result() if coming else build(step)
+            coming = pool.submit(build, step + 1) if step + 1 < steps else None
+            yield step, batch
 
 
 # ---- Folders of models on disk -------------------------------------------------------------------

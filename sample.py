@@ -216,7 +216,9 @@ def score_terms(labels, bench, have=True):
 
 
 def evaluate_reports(model, vocab, bench):
-    """Image -> report, greedy and sampled: ({name: Metric}, the greedy reports). "distinct": how many different reports."""
+    """Image -> report, greedy and sampled: ({name: Metric}, the greedy reports). "distinct": how many different reports.
+
+    Modality and body part: of records whose own report names them."""
     result, greedy = {}, []
     if not any(r.text for r in bench.records):
         return result, greedy
@@ -226,7 +228,7 @@ def evaluate_reports(model, vocab, bench):
         stated = [read_findings(t, bench.phrases) for t in texts]
         scores = score_findings(stated, bench.records, bench.bootstrap) if bench.known else {}
         for kind, terms in (("modality", MODALITY_PHRASES), ("body_part", BODY_PHRASES)):
-            true = [read_term(r.text, terms) and read_term(getattr(r, kind), terms) for r in bench.records]     # if its report names one
+            true = [t if (t := read_term(getattr(r, kind), terms)) == read_term(r.text, terms) else "" for r in bench.records]
             if any(true):
                 scores[kind] = bench.bootstrap([bool(t) and read_term(s, terms) == t for s, t in zip(texts, true)],
                                                [bool(t) for t in true])
@@ -278,8 +280,8 @@ def evaluate_answers(model, vocab, bench):
 
 
 def evaluate_masks(model, vocab, vqgan, bench):
-    """One structure a record, of those that are not too small for --image-size: Dice over all, over the large ones (5 % of the
-    image or more) and of each."""
+    """One structure a record, of those whose mask has a pixel at this --image-size: Dice over all, over the large ones (5 % of
+    the image or more) and of each."""
     rng = np.random.default_rng([bench.cfg.seed, 9])
     seen = [sorted(name for name, mask in r.masks.items() if mask.any()) for r in bench.records]
     names = np.array([str(rng.choice(s)) if s else "" for s in seen])
@@ -730,14 +732,14 @@ def answer_user(cfg):
     device, autocast = init_run(cfg)
     vqgan = load_vqgan_of(cfg, device)
     model, vocab = load_gpt(Path(cfg.out) / name, vqgan, device)
-    if (known := model.config.tasks) and command not in known.split():
-        tqdm.write(f"{name} has learnt no {command!r}, only {known}: what follows means nothing")
+    if model.config.tasks and command not in model.config.tasks.split():
+        tqdm.write(f"{name} has learnt no {command!r}, only {model.config.tasks}: what follows means nothing")
     options = decoding_of(cfg, cfg.temperature if cfg.sample or command == "generate" else 0.0)
     files = {"report": words, "generate": []}.get(command, words[:1])
     images, said, tiles = [], [], []
     for file in files:
         with refuse(f"{file} cannot be used", "name another"):
-            images.append(read_image(Path(file), cfg.image_size, cfg.channels))
+            images.append(read_image(file, cfg.image_size, cfg.channels))
     codes = list(encode_images(images, vqgan, autocast)) if images else []
     with autocast():
         if command == "generate":

@@ -366,8 +366,8 @@ def train(cfg):
     if not len(studies) or not any(t in tasks for s in val for t in s.tasks):
         raise UserError("no training record, or no validation record, serves a task whose share is above 0; raise "
                         "--report-share or another")
-    taught = [t for t in TASKS if t in tasks and len(studies.serving([t])) or t in model.config.tasks.split()]
-    describe(model, vocab, vqgan, cfg, taught, getattr(data["train"], "rows", val))     # phantoms have no rows: what held-out ones show
+    taught = [t for t in tasks if len(studies.serving([t]))]
+    describe(model, vocab, vqgan, cfg, taught, getattr(data["train"], "rows", val))    # phantoms have no rows: held-out ones stand in
 
     phrases, trained = lexicon(data["train"]), trained_parameters(model)
     optimizers = make_optimizers(model, cfg.lr, cfg.muon_lr, cfg.weight_decay, autocast)
@@ -597,7 +597,8 @@ def new_model(cfg, vqgan, studies, device):
 def describe(model, vocab, vqgan, cfg, tasks, records):
     """Write into the model's config what it is made for: its special tokens, longest sequence, image tokenizer, data, tasks, and
     the structures whose masks the records or Studies have."""
-    structures = {name for r in records for name in dict(r.masks)}
+    structures = {name for r in records for name in dict(r.masks)} | {*filter(None, model.config.structures.split(", "))}
+    tasks = [t for t in TASKS if t in tasks or t in model.config.tasks.split()]       # those of --init, too
     longest = 2 * vqgan.config.grid ** 2 + 2 * MAX_TEXT      # no task needs more
     vars(model.config).update(
         **vocab.config(), max_position_embeddings=max(longest, model.config.max_position_embeddings),

@@ -207,7 +207,7 @@ class VQGAN(nn.Module):
 
     @property
     def at_once(self):
-        """How many images pass together: as many as hold 2²⁰ pixels (256 of 64x64), as what lies between the layers is far more."""
+        """How many images pass together: 2²⁰ pixels of them, 256 at most; the layers in between hold many times that."""
         return max(1, min(256, 2 ** 20 // self.config.image_size ** 2))
 
     @torch.no_grad()

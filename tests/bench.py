@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data import Phantoms  # noqa: E402
 from dpo import DPOConfig, log_ratios, objective_loss, sum_logps  # noqa: E402
-from model import (GPT, GPTConfig, UserError, generate, group_rows, init_run, make_optimizers, per_token_logps, take_step,  # noqa: E402
-                   train_mode)
+from model import (GPT, GPTConfig, UserError, generate, init_run, make_optimizers, per_token_logps, split_batch,  # noqa: E402
+                   take_step, train_mode)
 from sft import SFTConfig, Study, Vocabulary, collate, encode_records, make_batch  # noqa: E402
 from vqgan import VQGAN, VectorQuantizer, VQGANConfig  # noqa: E402
 
@@ -122,11 +122,11 @@ def stage1(autocast):
     work = both(step_of, gpt, real)
     if peer:
         optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-3)
-        ids, labels = ids.to(DEVICE), labels.to(DEVICE)
+        their_ids, their_labels = ids.to(DEVICE), labels.to(DEVICE)
 
         def theirs():
             with autocast():
-                loss = peer(ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+                loss = peer(their_ids, attention_mask=torch.ones_like(their_ids), labels=their_labels).loss
             take_step(loss, peer.parameters(), [optimizer], clip=1.0)
 
         work["transformers"] = (theirs, real)
@@ -165,10 +165,10 @@ def stage2(autocast, once=True):
     cfg = DPOConfig(objective="dpo")
     sequences, (ids, labels) = ("text_chosen", "text_rejected"), a_batch_of_pairs()
     families = [[i, 16 + i] for i in range(16)]                     # both reports of an image, which is read once
-    groups = group_rows(ids.flatten(0, 1), labels.flatten(0, 1), DEVICE, families)
+    parts = split_batch(ids.flatten(0, 1), labels.flatten(0, 1), DEVICE, families)
     keep, every = {"text": torch.ones(16, device=DEVICE)}, torch.arange(16, device=DEVICE)
     with torch.no_grad():
-        reference = sum_logps(gpt, ids, labels, groups, sequences)
+        reference = sum_logps(gpt, ids, labels, parts, sequences)
 
     def step_of(model):
         optimizers = make_optimizers(model, 1e-4, 1e-4, 0.0, autocast)
@@ -177,8 +177,8 @@ def stage2(autocast, once=True):
             with autocast():
                 if not once:
                     with torch.no_grad():
-                        sum_logps(model, ids, labels, groups, sequences)
-                policy = sum_logps(model, ids, labels, groups, sequences)
+                        sum_logps(model, ids, labels, parts, sequences)
+                policy = sum_logps(model, ids, labels, parts, sequences)
             take_step(objective_loss(log_ratios(policy, reference, every), keep, cfg)[0], model.parameters(), optimizers, clip=1.0)
         return step
 

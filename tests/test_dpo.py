@@ -232,9 +232,9 @@ def test_score_sums_responses_and_the_codes_that_differ(model):
     """By hand from the logits: pair a's images differ in the third of four codes."""
     names = dpo.sequences_of(config("rndpo"))
     pairs, _ = sided(make_pairs(), config("rndpo"))
-    ids, labels, groups = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
+    ids, labels, parts = dpo.pair_batch(pairs, [0, 1], names, VOCAB, "cpu")
     assert ids.shape[:2] == labels.shape[:2] == (len(names), 2)
-    found = dpo.sum_logps(model, ids, labels, groups, names)
+    found = dpo.sum_logps(model, ids, labels, parts, names)
     for i, name in enumerate(names):
         torch.testing.assert_close(found[name].whole, sequence_logps(model, ids[i], labels[i]))
     row = names.index("image_chosen")

@@ -188,7 +188,7 @@ def test_questions_and_answers_may_be_numbers_and_odd_ones_are_told(tmp_path, ca
     assert "left out" not in capsys.readouterr().out
     read_folder.cache_clear()
     assert rows_of(read_folder(image_folder(tmp_path, rows), 32, 1))["Two."].questions == (("Which?", "A."),)
-    assert 'questions that are no list, in JSON, of {"question", "answer"} are left out' in capsys.readouterr().out
+    assert 'what in `questions` is no {"question", "answer"} is left out' in capsys.readouterr().out
     rows[1]["questions"] = {"question": "Q?", "answer": "A."}
     read_folder.cache_clear()
     assert rows_of(read_folder(image_folder(tmp_path, rows), 32, 1))["Two."].questions == ()
@@ -296,14 +296,26 @@ def test_llava_dialog_generate_report_and_question(tmp_path):
                                                ("Is there a nodule? Yes. On which side?", "Left."))
     assert records["make.jpg"].text == "Chest CT: normal." and records["make.jpg"].questions == ()
     assert records["report.jpg"].text == "All clear."
-    assert records["images/ask.jpg"].text == "A hand."
-    assert records["images/ask.jpg"].questions == (("Which part?", "The hand."),
-                                                   ("Which part? The hand. Is a side in the report?", "No."))
+    assert records["ask.jpg"].text == "A hand."
+    assert records["ask.jpg"].questions == (("Which part?", "The hand."), ("Which part? The hand. Is a side in the report?", "No."))
+
+
+@pytest.mark.parametrize("ask, asks_for_text", [
+    ("Describe this image.", True), ("Write the report.", True), ("Can you describe it?", True), ("Give a short summary.", True),
+    ("Is this a chest radiograph? Describe the findings.", True), ("Have a look at it and describe it.", True),
+    ("Are you able to describe this image?", True), ("Write captions for the image.", True), ("Summarise the findings.", True),
+    ("Is a device mentioned in the report?", False), ("Does it have a caption?", False), ("Which part?", False)])
+def test_what_a_llava_turn_asks_for(ask, asks_for_text):
+    row = data.turns(say(ask, "A hand.", "How would you describe its size?", "Large."))
+    if asks_for_text:            # a second description is a question, not another report
+        assert row["text"] == "A hand." and [q["answer"] for q in row["questions"]] == ["Large."]
+    else:
+        assert row["questions"][0] == {"question": ask, "answer": "A hand."}
 
 
 def test_llava_items_of_one_image_stay_in_one_split(tmp_path):
-    """The image is the subject: of a picture used twice neither item tells about the other's split."""
-    items = [{"image": f"g{i}.jpg", "conversations": say("<image>\nWhich part?", f"Part {i}.")} for i in range(4)]
+    """The image is the subject, however its path is written: of a picture used twice neither item tells of the other's split."""
+    items = [{"image": f"images/g{i}.jpg", "conversations": say("<image>\nWhich part?", f"Part {i}.")} for i in range(4)]
     splits = read_folder(llava_folder(tmp_path, items), 32, 1)
     names = [{r.name for r in splits[s]} for s in ("train", "val", "test")]
     assert sum(map(len, splits.values())) == 8 and sum(map(len, names)) == 4
@@ -519,13 +531,14 @@ def test_a_huge_csv_field_is_no_traceback(tmp_path):
     assert sum(map(len, read_folder(tmp_path, 32, 1).values())) in (4, 5)
 
 
-@pytest.mark.parametrize("name, header", (("metadata.csv", "file_name,text"), ("train_captions.csv", "ID,Caption")))
-def test_a_csv_text_is_never_cut_at_a_comma(tmp_path, capsys, name, header):
-    """Rows with more cells than columns are named; a comma at the end, and a row too short, are no such thing."""
+@pytest.mark.parametrize("name, header", (("metadata.csv", "file_name,text"), ("metadata.csv", "file_name,text,"),
+                                          ("train_captions.csv", "ID,Caption")))
+def test_a_csv_row_with_more_cells_than_columns_is_named(tmp_path, capsys, name, header):
+    """Its text would be cut at a comma. A comma at the end is no such thing, in a row or in the line of names."""
     for i in range(6):
         picture(tmp_path / ("train" if name != "metadata.csv" else "") / f"{i}.png")
     end = ".png" if name == "metadata.csv" else ""
-    cells = ("Yes, left nodule.", '"Yes, left."', "Two.,", "Three.", "Four.")
+    cells = ("Yes, left nodule.", '"Yes, left."', "Two.,", "Three., ", "Four.")
     (tmp_path / name).write_text("\n".join([header, *(f"{i}{end},{cell}" for i, cell in enumerate(cells)), f"5{end}"]))
     assert set(rows_of(read_folder(tmp_path, 32, 1))) == {"Yes, left.", "Two.", "Three.", "Four."}
     said = messages(capsys)

@@ -599,7 +599,7 @@ def test_how_many_rows_go_together_changes_no_log_probability(gpt, rows):
     for i, end in enumerate((11, 4, 7, 7, 2, 9, 5)):
         labels[i, :i % 3], labels[i, end:] = -100, -100
     expected = torch.log_softmax(gpt(ids)[:, :-1], -1).gather(2, ids[:, 1:, None]).squeeze(2) * (labels[:, 1:] != -100)
-    assert_close(per_token_logps(gpt, ids, labels, model.group_rows(ids, labels, "cpu", rows=rows)), expected, atol=1e-5, rtol=1e-5)
+    assert_close(per_token_logps(gpt, ids, labels, model.split_batch(ids, labels, "cpu", size=rows)), expected, atol=1e-5, rtol=1e-5)
 
 
 ALIKE = [[[7, 8, 9, 1, 2], [7, 8, 9, 1, 3, 4], [7, 8, 9, 5]], [[3, 4]], [[6, 5, 4], [6, 5, 4]], [[1, 2], [3, 4, 5]]]
@@ -633,8 +633,8 @@ def test_reading_rows_as_families_changes_no_log_probability_and_no_gradient(gpt
     found, grads = [], []
     for kind in (None, families):
         gpt.zero_grad()
-        groups = model.group_rows(ids[order], labels[order], "cpu", kind, rows)
-        found.append(per_token_logps(gpt, ids[order], labels[order], groups))
+        parts = model.split_batch(ids[order], labels[order], "cpu", kind, rows)
+        found.append(per_token_logps(gpt, ids[order], labels[order], parts))
         (found[-1] * torch.arange(1.0, 8)).sum().backward()
         grads.append([p.grad.clone() for p in gpt.parameters()])
     assert_close(*found, atol=1e-5, rtol=1e-5)
@@ -645,14 +645,14 @@ def test_reading_rows_as_families_changes_no_log_probability_and_no_gradient(gpt
 def test_a_large_vocabulary_passes_the_head_in_pieces(gpt, monkeypatch):
     """Same log-probabilities, same gradients, never more than so many logits at once."""
     ids = IDS.repeat(99, 1)
-    groups = model.group_rows(ids, ids, "cpu", rows=999)
-    whole = per_token_logps(gpt, ids, ids, groups)
+    parts = model.split_batch(ids, ids, "cpu", size=999)
+    whole = per_token_logps(gpt, ids, ids, parts)
     whole.sum().backward()
     grads, sizes = [p.grad.clone() for p in gpt.parameters()], []
     gpt.zero_grad()
     monkeypatch.setattr(model, "MOST_LOGITS", 20 * 300)
     monkeypatch.setattr(gpt, "head", lambda h, head=gpt.head: (sizes.append(len(h)), head(h))[1])
-    pieces = per_token_logps(gpt, ids, ids, groups)
+    pieces = per_token_logps(gpt, ids, ids, parts)
     pieces.sum().backward()
     assert_close(pieces, whole)
     assert set(sizes) == {128, 256}                      # 256 at a time, the rest filled up

@@ -193,7 +193,7 @@ def test_reports_are_scored_at_three_temperatures(monkeypatch):
                         said[temperature] if (codes, seed) == ([0, 1], 3) else None)
     found, greedy = sample.evaluate_reports(None, None, bench)
     assert not any("modality" in name for name in found)        # their own reports name none
-    bench.records = [replace(record(H), text=text, modality="CT") for text in ("Head CT.", "Normal.")]
+    bench.records = [replace(record(H), text=text, modality="CT") for text in ("Head CT.", "As in the MRI.")]
     monkeypatch.setattr(sample, "write_reports", lambda *args, **options: ["CT of the head.", "A CT."])
     assert sample.evaluate_reports(None, None, bench)[0]["report/greedy/modality"][::2] == (1, 1)           # of the first alone
     figures = {"greedy": (1 / 2, 1 / 3, 1), "t0.5": (1, 2 / 3, 1 / 2), "t1.0": (0, 1, 0)}
