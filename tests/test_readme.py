@@ -470,6 +470,16 @@ def test_the_table_of_the_readme_is_the_runners():
     assert compare.readme_table(compare.read_results(RESULTS)) in README
 
 
+def test_exercise_five_shows_its_result_files():
+    """Means over the seeds; the habit's by seed as well."""
+    answer = (ROOT / ".github/exercises.md").read_text()
+    found = [json.loads((RESULTS / f"exercise5/seed{seed}.json").read_text()) for seed in (0, 1, 2)]
+    for metric in ("report/greedy/companion", "report/greedy/chair_i", "report/greedy/recall", "ask/companion", "segment/dice"):
+        values = [[u[name][metric]["value"] for u in found] for name in ("control", "bidpo", "region", "outside")]
+        seeds = [f" ({' '.join(f'{v:.2f}' for v in row)})" * (metric == "report/greedy/companion") for row in values]
+        assert "| " + " | ".join(f"{np.mean(row):.3f}{by}" for row, by in zip(values, seeds)) + " |" in answer, metric
+
+
 def test_what_the_readme_shows_of_the_screen_is_what_seed_0_of_quick_printed(capsys):
     """A few rows of the table, column by column."""
     block, = [b for b in fenced(README, "text") if b.startswith("metric")]
