@@ -429,7 +429,7 @@ def begin(trained, tmp_path):
 
 
 def test_a_model_goes_with_the_data_it_was_trained_on_alone(tmp_path):
-    phantoms, XX
+    phantoms, folder = (SimpleNamespace(data=data, bias=0.9, modalities=3) for data in ("", str(tmp_path)))
     chests = SimpleNamespace(data="", bias=0.9, modalities=1)
     assert data_name(phantoms) == "phantoms --bias 0.9"                       # what older folders say
     for cfg in (phantoms, folder, chests):
