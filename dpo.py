@@ -566,6 +566,13 @@ def pick_pairs(pairs, cfg, step):
     return pool[batch_indices(len(pool), cfg.batch_size, step, cfg.seed)]
 
 
+def step_batches(pairs, studies, sequences, cfg, vocab, step, device):
+    """What a step reads: the indices of its pairs, and of this process's slice their pair_batch and its rehearsal_batch."""
+    indices = pick_pairs(pairs, cfg, step)
+    batch = pair_batch(pairs, own(indices), sequences, vocab, device)
+    return torch.from_numpy(indices), batch, rehearsal_batch(studies, cfg, vocab, step)
+
+
 def schedule(cfg, step):
     """(step, steps) of the learning rate's schedule: those of the run; with --curriculum those of the third."""
     if cfg.curriculum == "none":
@@ -633,13 +640,7 @@ def train(cfg):
     folder, progress = begin_stage(cfg, name, [trained], optimizers)
     start = progress.get("step", 0)
     log = Log(f"{folder}.jsonl", name, cfg.steps, start)
-
-    def build(step):
-        """What a step reads: the indices of its pairs, and of this process's slice the sequences and the rehearsal."""
-        indices = pick_pairs(pairs, cfg, step)
-        batch = pair_batch(pairs, own(indices), sequences, vocab, device)
-        return torch.from_numpy(indices), batch, rehearsal_batch(studies, cfg, vocab, step)
-
+    build = lambda step: step_batches(pairs, studies, sequences, cfg, vocab, step, device)
     for step, (indices, batch, rehearsed) in built_ahead(build, start, cfg.steps):
         set_lr(optimizers, get_lr(*schedule(cfg, step), warmup=20))
         torch.manual_seed(cfg.seed + step)                   # LoRA's dropout: a resumed run draws alike

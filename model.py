@@ -278,9 +278,14 @@ class MicroBatch(NamedTuple):
     picks: torch.Tensor                # (5, n), of each token: row and place in the result; row and place in ids that predict it; its id
 
 
+def in_eights(length):
+    """The next multiple of 8: each length needs kernels of its own."""
+    return -(-length // 8) * 8
+
+
 def fill(rows):
-    """Lists of whole numbers as one tensor, filled up with 0 to a multiple of 8: each length needs kernels of its own."""
-    table = np.zeros((len(rows), -(-max(map(len, rows)) // 8) * 8), np.int64)
+    """Lists of whole numbers as one tensor, filled up with 0."""
+    table = np.zeros((len(rows), in_eights(max(map(len, rows)))), np.int64)
     for i, row in enumerate(rows):
         table[i, :len(row)] = row
     return torch.from_numpy(table)
@@ -327,7 +332,7 @@ def split_batch(ids, labels, device, families=None, size=None):
     for start in range(0, len(families_or_rows), size):
         together = families_or_rows[start:start + size]
         part = [i for rows in together for i in rows]
-        end = min(-(-max(lengths[i] for i in part) // 8) * 8, ids.size(1))
+        end = min(in_eights(max(lengths[i] for i in part)), ids.size(1))
         labelled = labels[part, 1:end]                              # position t predicts token t + 1
         b, t = (labelled != -100).nonzero(as_tuple=True)
         inputs, rows, places = (ids[part, :end], None, None), b, t
