@@ -675,8 +675,8 @@ def row_record(row, root, size, channels):
     """A record from one row of metadata (a dict); its image and masks are Paths of files that can be read. Raises BadRow."""
     if not isinstance(row, dict):
         raise BadRow("it is not an object with the fields of its layout")
-    if any(cell.strip() for cell in (*(row.get(None) or ()), row.get("") or "") if isinstance(cell, str)):
-        raise BadRow("more cells than columns: put texts that hold commas in quotes")
+    if any(isinstance(c, str) and c.strip() for c in (*(row.get(None) or ()), row.get("") if next(iter(row), "") else "")):
+        raise BadRow("more cells than columns: put texts that hold commas in quotes")       # nameless and first: pandas' index
     text = row.get("text") or row.get("caption") or row.get("report") or ""
     questions, findings, masks = (read_cell(row.get(field)) for field in ("questions", "findings", "masks"))
     usable = [q for q in questions if isinstance(q, dict) and {"question", "answer"} <= q.keys()] if isinstance(questions, list) else []
@@ -791,7 +791,7 @@ def llava_rows(folder):
 def turns(conversations):
     """One LLaVA conversation as fields of a row: what answers the first request to describe becomes the text, the rest questions.
 
-    A later question keeps the turns before it. A request for an image gives its own words as the text."""
+    Before a question stand all earlier turns, answers too. A request for an image gives its own words as the text."""
     row, so_far = {"questions": []}, ""
     for human, gpt in zip(conversations[::2], conversations[1::2]):
         if (human["from"], gpt["from"]) != ("human", "gpt"):
@@ -799,7 +799,7 @@ def turns(conversations):
         ask, answer = (" ".join(t["value"].replace("<image>", " ").split()) for t in (human, gpt))
         if not answer and "<image>" in gpt["value"]:
             row["text"] = re.sub(r"^(generate|draw|create|make)\b[^:]*:\s*", "", ask, flags=re.I)
-        elif "text" not in row and DESCRIBE.search(ask):          # no yes-or-no question, unless "Are you able to …?"
+        elif "text" not in row and DESCRIBE.search(ask):
             row["text"] = answer
         else:
             row["questions"].append({"question": so_far + ask, "answer": answer})

@@ -441,16 +441,16 @@ def set_responses(pairs, cfg):
 
 
 def pairs_that_count(pairs, cfg, phrases):
-    """Which pairs count, {contrast: (n,)}: 1 where the two sides state different findings (images, masks: differ in a code;
-    --keep-agreeing: in a word), else 0; −1 where --flip-pairs compares its two reports or masks the wrong way round. And
-    which have the chosen sequences, {sequence: (n,)}: a pair may have no report or no question.
+    """Which pairs count, {contrast: (n,)}: 1 where two reports state different findings (--keep-agreeing: differ in a word), two
+    masks differ in a code, there is a report (image, text_given) or a question (answers), else 0; −1 where --flip-pairs
+    compares its two reports or masks the wrong way round. And which have the chosen sequences, {sequence: (n,)}.
 
-    Raises UserError for a contrast without any such pair; but not all data have both, reports and questions."""
+    Raises UserError for a contrast without any such pair: of answers where no pair has a report, of all else where one has."""
     differs = lambda p, text: bool(p.chosen) and (text != p.chosen if cfg.keep_agreeing else
                                                   statement_of(text, phrases) != statement_of(p.chosen, phrases))
     has_report, has_question = (lambda p: bool(p.chosen)), (lambda p: bool(p.question))
     counts = {"text_chosen": has_report, "image_chosen": has_report, "answer_chosen": has_question,
-              "mask_chosen": lambda p: bool(p.structure),
+              "mask_chosen": lambda p: bool(p.structure),                      # asked for by tests/masks.py alone
               "image": has_report, "text_given": has_report,                   # build_pairs has seen to the codes
               "mask": lambda p: (p.masks[0] != p.masks[1]).any(),              # |Ω| = 0 carries no signal
               "text": lambda p: differs(p, p.rejected), "image_given": lambda p: differs(p, p.twin_text),

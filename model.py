@@ -275,7 +275,7 @@ class MicroBatch(NamedTuple):
     ids: torch.Tensor                  # (R, S)
     positions: torch.Tensor | None     # (R, S), of joined rows (`join`); None: 0, 1, 2, …
     branch: torch.Tensor | None        # (R, S), of joined rows; None: plain rows
-    picks: torch.Tensor                # (5, n), of each token: row and place in the result; row and place in ids that predict it; its id
+    picks: torch.Tensor                # (5, n), of each token: b and t of its logps[b, t]; row and place of ids that predict it; its id
 
 
 def in_eights(length):
@@ -300,7 +300,7 @@ def join(families):
     its tokens' places (B, T)."""
     joined, family, places = [], [], []
     for f, rows in enumerate(families):
-        shared = len(os.path.commonprefix(rows))
+        shared = len(os.path.commonprefix(rows))                      # of any sequences, whatever its name
         ids, positions, branch = rows[0][:shared], list(range(shared)), [0] * shared
         for number, row in enumerate(rows, 1):
             rest = row[shared:]
@@ -324,7 +324,7 @@ def split_batch(ids, labels, device, families=None, size=None):
 
     Rows of like length go together, `size` at a time, cut to about their length: else a third would be padding. By default
     16, which fits a CPU's cache, on a GPU 64. families: lists of rows that begin alike, each row in one; each goes through as
-    one (`join`) and counts as one."""
+    one (`join`) and counts as one. Here a row is named by its number."""
     size = size or (64 if torch.device(device).type == "cuda" else 16)
     lengths = (ids.size(1) - (labels.flip(1) != -100).int().argmax(dim=1)).tolist()        # up to the last response token
     families_or_rows = sorted(families or [[i] for i in range(len(ids))], key=lambda rows: sum(lengths[i] for i in rows))
@@ -335,21 +335,22 @@ def split_batch(ids, labels, device, families=None, size=None):
         end = min(in_eights(max(lengths[i] for i in part)), ids.size(1))
         labelled = labels[part, 1:end]                              # position t predicts token t + 1
         b, t = (labelled != -100).nonzero(as_tuple=True)
-        inputs, rows, places = (ids[part, :end], None, None), b, t
         if families:
-            *inputs, family, its_places = join([[ids[i, :lengths[i]].tolist() for i in rows] for rows in together])
-            rows, places = family[b], its_places[b, t]
-        result.append(MicroBatch(*inputs, torch.stack([torch.tensor(part)[b], t, rows, places, labelled[b, t]])))
+            *inputs, family, places = join([[ids[i, :lengths[i]].tolist() for i in rows] for rows in together])
+            predicts = family[b], places[b, t]
+        else:
+            inputs, predicts = (ids[part, :end], None, None), (b, t)
+        result.append(MicroBatch(*inputs, torch.stack([torch.tensor(part)[b], t, *predicts, labelled[b, t]])))
     return result
 
 
 def response_logps(model, ids, positions, branch, rows, places, targets):
     """Log-probabilities (n,) of targets (n,), which are predicted at these rows and places (n,) of ids (R, S)."""
     h = model.model(ids, positions, None if branch is None else branch_mask(branch))[rows, places]      # (n, hidden_size)
-    n = max(1, MOST_LOGITS // model.config.vocab_size // 128) * 128
-    if len(h) <= n:
+    most = max(1, MOST_LOGITS // model.config.vocab_size // 128) * 128
+    if len(h) <= most:
         return token_logps(model, h, targets)
-    return torch.cat([checkpoint(token_logps, model, *p, use_reentrant=False) for p in zip(h.split(n), targets.split(n))])
+    return torch.cat([checkpoint(token_logps, model, *p, use_reentrant=False) for p in zip(h.split(most), targets.split(most))])
 
 
 def per_token_logps(model, ids, labels, micro_batches=None):
@@ -1147,8 +1148,8 @@ def load_state(folder, models, optimizers):
 
 
 def check_resume(cfg, name, origin=()):
-    """The folder whose saved state --resume goes on from, or None. Raises UserError if another run's flags made it, or if
-    what it was started from, origin {what: hash}, has changed; also without --resume, if check_own does."""
+    """The folder whose saved state --resume goes on from, or None. Raises UserError if it is damaged, if other flags, another
+    origin {what it was started from: hash} or more than --steps made it; and, with or without --resume, if check_own does."""
     check_own(cfg.out, name)
     final, partial = Path(cfg.out) / name, Path(cfg.out) / f"{name}.partial"
     source = next((f for f in (partial, final) if (f / "state.safetensors").exists()), None)

@@ -280,8 +280,8 @@ def evaluate_answers(model, vocab, bench):
 
 
 def evaluate_masks(model, vocab, vqgan, bench):
-    """One structure a record, of those whose mask has a pixel at this --image-size: Dice over all, over the large ones (5 % of
-    the image or more) and of each."""
+    """One structure a record, drawn from those with a pixel at this --image-size: Dice over all records, over those whose structure
+    is large (5 % of the image or more), and of each structure."""
     rng = np.random.default_rng([bench.cfg.seed, 9])
     seen = [sorted(name for name, mask in r.masks.items() if mask.any()) for r in bench.records]
     names = np.array([str(rng.choice(s)) if s else "" for s in seen])

@@ -4,10 +4,10 @@
 
 What fails on a first GPU is mostly a tensor that stayed on the CPU, or NumPy asked for memory that it cannot see. Both fail
 here as they do there, and PyTorch's own code takes its "cuda" branches: autocast, fused optimizers, attention, streams of
-the backward pass. Kernels, their rounding, memory and speed do not show, nor does --compile; the GPU is the main thread's alone.
-Last is printed what made the program wait for the GPU, {"why file function": times}: figures read back, sizes that depend on
-them, and copies, save those to the GPU from pinned memory that need not be waited for. It needs a build of PyTorch for CPUs:
-one for CUDA has such a device already."""
+the backward pass. Kernels, their rounding, memory and speed do not show, nor does --compile; what another Python thread does on
+the GPU is not caught. Last is printed what made the program wait for it, [["why file function", times], …]: figures read back,
+sizes that depend on them, and copies, save those to the GPU from pinned memory that need not be waited for. It needs a build
+of PyTorch for CPUs: one for CUDA has such a device already."""
 
 import ctypes
 import importlib

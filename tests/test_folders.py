@@ -545,6 +545,13 @@ def test_a_csv_row_with_more_cells_than_columns_is_named(tmp_path, capsys, name,
     assert "row 2" in said[0] and "more cells than columns" in said[0] and "the text is empty" in said[1] and "4 read, 2 skipped" in " ".join(said)
 
 
+def test_the_index_that_pandas_writes_is_no_cell_too_many(tmp_path):
+    for i in range(4):
+        picture(tmp_path / f"{i}.png")
+    (tmp_path / "metadata.csv").write_text(",file_name,text\n" + "".join(f"{i},{i}.png,Text {i}.\n" for i in range(4)))
+    assert sum(map(len, read_folder(tmp_path, 32, 1).values())) == 4
+
+
 def test_an_absolute_path_is_refused_also_where_it_exists(tmp_path, capsys):
     """A drive and a share are absolute too, whatever this machine's own paths look like."""
     picture(tmp_path / "train" / "C:x.png")
